@@ -6,7 +6,6 @@ from sqlalchemy import (
     JSON,
     Boolean,
     Column,
-    DateTime,
     ForeignKey,
     Integer,
     LargeBinary,
@@ -16,7 +15,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-from cloud.store import METADATA
+from cloud.store import METADATA, Moment
 
 # The inventory, and what each node last said of itself (shared.wire.records.NodeReport as JSON).
 nodes = Table(
@@ -24,8 +23,8 @@ nodes = Table(
     METADATA,
     Column("site", String(32), primary_key=True),
     Column("node", String(32), primary_key=True),
-    Column("invited_at", DateTime(timezone=True), nullable=False),
-    Column("last_seen", DateTime(timezone=True)),
+    Column("invited_at", Moment, nullable=False),
+    Column("last_seen", Moment),
     Column("report", JSON),
 )
 
@@ -38,8 +37,8 @@ devices = Table(
     Column("node", String(32), nullable=False),
     Column("key", LargeBinary(32), nullable=False),
     Column("certificate", LargeBinary, nullable=False),  # DER
-    Column("issued_at", DateTime(timezone=True), nullable=False),
-    Column("expires_at", DateTime(timezone=True), nullable=False),
+    Column("issued_at", Moment, nullable=False),
+    Column("expires_at", Moment, nullable=False),
     Column("revoked", Boolean, nullable=False, default=False),
 )
 
@@ -51,8 +50,8 @@ invitations = Table(
     Column("site", String(32), nullable=False),
     Column("node", String(32), nullable=False),
     Column("digest", String(64), nullable=False),
-    Column("expires_at", DateTime(timezone=True), nullable=False),
-    Column("used_at", DateTime(timezone=True)),
+    Column("expires_at", Moment, nullable=False),
+    Column("used_at", Moment),
 )
 
 people = Table(
@@ -72,7 +71,7 @@ credentials = Table(
     Column("digest", String(64), primary_key=True),
     Column("kind", String(8), nullable=False),
     Column("person", ForeignKey("people.id", ondelete="CASCADE"), nullable=False),
-    Column("expires_at", DateTime(timezone=True), nullable=False),
+    Column("expires_at", Moment, nullable=False),
 )
 
 # Append-only: `digest` covers the row and the digest before it (see cloud.access.audit).
