@@ -19,7 +19,7 @@ DownStage = Literal["receipt", "desired"]
 
 
 class FeatureRow(Struct, frozen=True, array_like=True):
-    """One confirmed study: its pseudonymous case, the head that read it, the confirmed class, its embedding."""
+    """One confirmed study: pseudonymous case, the head that read it, confirmed class, embedding."""
 
     case: Pseudonym
     head: str
@@ -51,7 +51,8 @@ class ModelUpdate(Struct, frozen=True, array_like=True):
 class HeadJudgement(Struct, frozen=True, array_like=True):
     """Paired comparison of candidate against champion on one hospital's held-out cases of one head.
 
-    Each ratio is 0..1; intervals are 95 % paired bootstrap over patients (cases). `per_class` counts held-out cases.
+    Each ratio is 0..1; intervals are 95 % paired bootstrap over patients (cases).
+    `per_class` counts held-out cases.
     """
 
     head: str
