@@ -10,11 +10,11 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from shared.errors import StateError, TrustError
-from shared.files import atomic_write, sha256_hex, translate_os_error
+from shared.files import atomic_write, fsync_folder, sha256_hex, translate_os_error
 
 
 class Objects:
-    """A content-addressed store at `url` (a path, `file://`, `s3://` ...). Writing the same bytes twice is one.
+    """A content-addressed store at `url` (a path, `file://`, `s3://` ...). The same bytes are stored once.
 
     On a local folder a written object is fsynced and whole under its name, or absent.
     """
@@ -39,6 +39,7 @@ class Objects:
         try:
             self._fs.makedirs(name.rpartition("/")[0], exist_ok=True)
             if self._local:
+                fsync_folder(Path(self._root))  # the shard's own name
                 atomic_write(Path(name), data)
             else:
                 self._fs.pipe_file(name, data)

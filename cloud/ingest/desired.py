@@ -20,9 +20,9 @@ class DesiredStates:
         self._clock = clock
 
     def read(self, conn: Connection, site: str, node: str) -> Desired:
-        """Returns what the node is asked to be; serial 0 with nothing to do when it was never asked anything."""
+        """Returns what the node is asked to be; serial 0 when it was never asked anything."""
         document = conn.execute(
-            select(desired.c.document).where(desired.c.site == site, desired.c.node == node)
+            select(desired.c.document).where(desired.c.site == site, desired.c.node == node).with_for_update()
         ).scalar_one_or_none()
         if document is None:
             return Desired(node=node, site=site, serial=0, issued="", task=None, order=None)

@@ -38,7 +38,7 @@ messages = Table(
     Index("ix_messages_stage_round", "stage", "round"),
 )
 
-# Which sequence numbers of an incarnation are used: bit (sequence mod WINDOW) of `seen`, for the WINDOW newest.
+# Which sequence numbers of an incarnation are used: bit (sequence mod WINDOW) of `seen`, for the newest.
 windows = Table(
     "replay_windows",
     METADATA,

@@ -1,4 +1,4 @@
-"""Documents the cloud signs for its nodes (receipts, desired state): 64 bytes of Ed25519, then the payload."""
+"""Documents the cloud signs for its nodes (receipts, desired state): 64 bytes of Ed25519, then payload."""
 
 from __future__ import annotations
 
