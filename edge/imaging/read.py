@@ -1,0 +1,215 @@
+"""From a spooled object to frames the model can read: pydicom and pylibjpeg behind limits that come first.
+
+Everything that cannot be decoded ends as a PeerError whose message is the reason shown in quarantine; it
+never names a patient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pydicom
+from msgspec import Struct
+from pydicom.dataset import Dataset
+from pydicom.pixels.processing import apply_modality_lut
+from pydicom.pixels.utils import iter_pixels
+
+from shared.errors import PeerError
+from shared.files import read_limited
+from shared.package.input_spec import MAX_SIDE, PixelMeaning
+
+OBJECT_LIMIT_BYTES = 1024 * 1024 * 1024  # larger objects are kept, not read
+DECODED_LIMIT_BYTES = 1024 * 1024 * 1024  # of all frames together
+FRAME_LIMIT = 8192
+PHANTOM_MANUFACTURER = "Radfleet phantom"
+
+# CID 4031 codes for the regions that heads name, for objects with AnatomicRegionSequence and no
+# BodyPartExamined.
+_REGIONS = {
+    "51185008": "CHEST",
+    "T-D3000": "CHEST",
+    "12738006": "BRAIN",
+    "T-A0100": "BRAIN",
+    "69536005": "HEAD",
+}
+_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+
+
+class ImageHead(Struct, frozen=True):
+    """What routing and the results need of one image object; `body_part` and `view` upper case, empty if
+    absent.
+    """
+
+    study: str
+    series: str
+    sop_instance: str
+    sop_class: str
+    modality: str
+    body_part: str
+    view: str
+    patient_id: str  # for the pseudonym only; never logged, never sent
+    manufacturer: str
+    kind: tuple[str, ...]  # ImageType
+    rows: int
+    columns: int
+    frames: int
+    samples: int
+    has_pixels: bool
+
+    @property
+    def phantom(self) -> bool:
+        """True for images that Radfleet itself drew."""
+        return self.manufacturer == PHANTOM_MANUFACTURER
+
+
+class Frame(Struct, frozen=True):
+    """One frame: `pixels` stored values (H, W) of any integer or float dtype, row 0 as stored, and their
+    meaning.
+    """
+
+    pixels: npt.NDArray[Any]
+    meaning: PixelMeaning
+
+
+def open_object(path: Path) -> Dataset:
+    """Returns the data set of a spooled object; pixels stay encoded.
+
+    Raises:
+        PeerError: not readable as DICOM, or larger than OBJECT_LIMIT_BYTES.
+        StateError: the file is gone or the disk fails.
+    """
+    data = read_limited(path, OBJECT_LIMIT_BYTES)
+    # BytesIO and not the file: a lying length can then read no further, and allocate no more, than there
+    # is.
+    with _translated("cannot be read as DICOM"):
+        return pydicom.dcmread(BytesIO(data))
+
+
+def describe(dataset: Dataset) -> ImageHead:
+    """Returns the head of an object.
+
+    Raises:
+        PeerError: a needed identifier is missing or a value has the wrong form.
+    """
+    with _translated("has values that cannot be read"):
+        head = ImageHead(
+            study=_text(dataset, "StudyInstanceUID"),
+            series=_text(dataset, "SeriesInstanceUID"),
+            sop_instance=_text(dataset, "SOPInstanceUID"),
+            sop_class=_text(dataset, "SOPClassUID"),
+            modality=_text(dataset, "Modality").upper(),
+            body_part=_body_part(dataset),
+            view=_text(dataset, "ViewPosition").upper(),
+            patient_id=_text(dataset, "PatientID"),
+            manufacturer=_text(dataset, "Manufacturer"),
+            kind=tuple(str(part).upper() for part in _list(dataset.get("ImageType"))),
+            rows=_int(dataset, "Rows", 0),
+            columns=_int(dataset, "Columns", 0),
+            frames=_int(dataset, "NumberOfFrames", 1),
+            samples=_int(dataset, "SamplesPerPixel", 1),
+            has_pixels=any(name in dataset for name in _PIXELS),
+        )
+    for name in ("study", "series", "sop_instance"):
+        if not getattr(head, name):
+            raise PeerError(f"The object has no {name.replace('_', ' ')} UID.")
+    return head
+
+
+def decode_frames(dataset: Dataset, head: ImageHead) -> Iterator[Frame]:
+    """Yields the frames in stored order, each decoded when asked for.
+
+    Limits are checked against Rows, Columns, NumberOfFrames and BitsAllocated before a decoder allocates
+    anything.
+
+    Raises:
+        PeerError: too large, shorter than it says, or not decodable; the reason is in the message.
+    """
+    _check_size(dataset, head)
+    with _translated("cannot be decoded"):
+        for index, pixels in enumerate(iter_pixels(dataset, raw=True)):
+            if pixels.shape != (head.rows, head.columns):
+                raise PeerError(f"Frame {index + 1} has shape {pixels.shape}, the header says otherwise.")
+            yield _frame(dataset, index, pixels)
+
+
+def _check_size(dataset: Dataset, head: ImageHead) -> None:
+    bits = _int(dataset, "BitsAllocated", 0)
+    if not (0 < head.rows <= MAX_SIDE and 0 < head.columns <= MAX_SIDE and 0 < head.frames <= FRAME_LIMIT):
+        raise PeerError(f"{head.rows} x {head.columns} x {head.frames} frames are outside of the limits.")
+    if bits not in (8, 16, 32, 64):
+        raise PeerError(f"{bits} bits allocated are not supported.")
+    decoded = head.rows * head.columns * head.frames * head.samples * bits // 8
+    if decoded > DECODED_LIMIT_BYTES:
+        raise PeerError(f"The pixels would take {decoded} bytes, the limit is {DECODED_LIMIT_BYTES}.")
+    with _translated("has no readable pixels"):
+        stored = len(next(dataset[name].value or b"" for name in _PIXELS if name in dataset))
+        compressed = dataset.file_meta.TransferSyntaxUID.is_compressed
+    if not compressed and stored < decoded:
+        raise PeerError(f"The pixels have {stored} bytes where the header asks for {decoded}.")
+
+
+def _frame(dataset: Dataset, index: int, pixels: npt.NDArray[Any]) -> Frame:
+    inverted = (
+        _text(dataset, "PhotometricInterpretation") == "MONOCHROME1"
+        or _text(dataset, "PresentationLUTShape") == "INVERSE"
+    )
+    if dataset.get("ModalityLUTSequence"):
+        return Frame(np.asarray(apply_modality_lut(pixels, dataset)), PixelMeaning(inverted=inverted))
+    rescale = _rescale(dataset, index)
+    slope = float(rescale.get("RescaleSlope") or 1.0)
+    intercept = float(rescale.get("RescaleIntercept") or 0.0)
+    return Frame(pixels, PixelMeaning(slope, intercept, inverted))
+
+
+def _rescale(dataset: Dataset, index: int) -> Dataset:
+    """The item that holds RescaleSlope: in enhanced objects per frame or shared (PS3.3 C.7.6.16.2.9)."""
+    if "RescaleSlope" in dataset:
+        return dataset
+    for name, item in (("PerFrameFunctionalGroupsSequence", index), ("SharedFunctionalGroupsSequence", 0)):
+        groups = dataset.get(name)
+        if groups and item < len(groups) and groups[item].get("PixelValueTransformationSequence"):
+            found: Dataset = groups[item].PixelValueTransformationSequence[0]
+            return found
+    return dataset
+
+
+def _body_part(dataset: Dataset) -> str:
+    text = _text(dataset, "BodyPartExamined").upper()
+    if text or not dataset.get("AnatomicRegionSequence"):
+        return text
+    return _REGIONS.get(_text(dataset.AnatomicRegionSequence[0], "CodeValue"), "")
+
+
+def _text(dataset: Dataset, name: str) -> str:
+    value = dataset.get(name)
+    return "" if value is None else str(_list(value)[0] if _list(value) else "").strip(" \0")
+
+
+def _int(dataset: Dataset, name: str, default: int) -> int:
+    value = dataset.get(name)
+    return default if value in (None, "") else int(str(value))
+
+
+def _list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple, pydicom.multival.MultiValue)) else [value]
+
+
+class _translated:  # noqa: N801 reads as a verb at the with statement
+    """Turns whatever a decoder raises into a PeerError; pydicom and the codecs name no families."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, _trace: object) -> None:
+        if isinstance(exc, Exception) and not isinstance(exc, PeerError):
+            raise PeerError(f"The object {self._what}: {type(exc).__name__}.") from exc

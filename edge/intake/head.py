@@ -1,0 +1,153 @@
+"""The identifiers that the door needs from a data set, and whether it is whole. No pixel is looked at."""
+
+from __future__ import annotations
+
+import mmap
+import re
+import zlib
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import msgspec
+from msgspec import Struct
+from pydicom.filereader import data_element_generator
+
+from shared.errors import PeerError
+
+IMPLICIT = "1.2.840.10008.1.2"
+BIG_ENDIAN = "1.2.840.10008.1.2.2"
+DEFLATED = "1.2.840.10008.1.2.1.99"
+
+_UID = re.compile(r"[0-9]{1,64}(\.[0-9]{1,64})+")
+_WANTED = {
+    0x00080016: "sop_class",
+    0x00080018: "sop_instance",
+    0x00080060: "modality",
+    0x0020000D: "study",
+    0x0020000E: "series",
+}
+_UNDEFINED = 0xFFFFFFFF
+_DEFER_BYTES = 4096  # longer values are skipped, never read
+_INFLATED_KEPT_BYTES = 4 * 1024 * 1024  # of a deflated data set only the beginning is looked at
+INFLATED_LIMIT_BYTES = 512 * 1024 * 1024  # a deflate bomb is given up here
+
+
+class CutError(PeerError):
+    """The data set ends before its own lengths say so."""
+
+
+class DatasetHead(Struct, frozen=True):
+    """Identifiers, empty where absent or not a UID; `fault` says why reading stopped early, if it did."""
+
+    sop_class: str = ""
+    sop_instance: str = ""
+    study: str = ""
+    series: str = ""
+    modality: str = ""
+    fault: str = ""
+
+
+def valid_uid(text: str) -> bool:
+    """Tells whether `text` can be a UID: digits and dots, at most 64 (PS3.5 9.1; leading zeros pass)."""
+    return len(text) <= 64 and _UID.fullmatch(text) is not None
+
+
+def read_head(path: Path, offset: int, transfer_syntax: str) -> DatasetHead:
+    """Returns the head of the data set that starts at `offset` (bytes) of a file, having walked to its end.
+
+    Values longer than 4 KiB are skipped by seeking; reads are bounded by the file. A data set that cannot
+    be walked for another reason than being cut is not refused here: its head carries the fault, and
+    imaging quarantines it.
+
+    Raises:
+        CutError: an element or a sequence reaches beyond the end, or the deflate stream has no end.
+    """
+    with path.open("rb") as file:
+        if path.stat().st_size <= offset:
+            raise CutError("The data set is empty.")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            if transfer_syntax == DEFLATED:
+                beginning, fault = _inflate(view, offset)
+                head = _walk(beginning, 0, transfer_syntax, None)
+                return msgspec.structs.replace(head, fault=fault or head.fault)
+            return _walk(cast(BinaryIO, view), offset, transfer_syntax, len(view))
+
+
+def _walk(source: BinaryIO, offset: int, transfer_syntax: str, end: int | None) -> DatasetHead:
+    """`end` is where the data set must end exactly; None when only its beginning is at hand."""
+    source.seek(offset)
+    elements = data_element_generator(
+        source, transfer_syntax == IMPLICIT, transfer_syntax != BIG_ENDIAN, defer_size=_DEFER_BYTES
+    )
+    found: dict[str, str] = {}
+    fault, last = "", offset
+    try:
+        for element in elements:
+            last = source.tell()
+            _take(element, found, end)
+    except CutError:
+        raise
+    except Exception as exc:  # pydicom names no family for damaged input
+        if end is not None and (isinstance(exc, EOFError) or _ran_out(exc)):
+            raise CutError("The data set ends inside an element.") from exc
+        fault = f"{type(exc).__name__}: {str(exc)[:200]}"
+    if end is not None and not fault:
+        fault = _leftover(source, last, end)
+    for name in ("sop_class", "sop_instance", "study", "series"):
+        if not valid_uid(found.get(name, "")):
+            found[name] = ""
+    return DatasetHead(**found, fault=fault)
+
+
+def _take(element: Any, found: dict[str, str], end: int | None) -> None:
+    value = element.value
+    if not isinstance(value, bytes):
+        return  # a sequence, or a value that was skipped: the seek has shown that it is there
+    length = getattr(element, "length", _UNDEFINED)
+    if end is not None and length != _UNDEFINED and len(value) < length:
+        raise CutError(f"Element {element.tag} has {len(value)} of {length} bytes.")
+    if element.tag in _WANTED:
+        found[_WANTED[element.tag]] = _text(value)
+
+
+def _leftover(source: BinaryIO, last: int, end: int) -> str:
+    source.seek(last)
+    rest = end - last
+    if rest >= 8:
+        return f"{rest} bytes follow what looked like the end of the data set"
+    if source.read(rest).strip(b"\0"):  # a lone pad byte is tolerated
+        raise CutError(f"The data set ends inside an element: {rest} bytes of it are there.")
+    return ""
+
+
+def _ran_out(exc: BaseException) -> bool:
+    # mmap answers a seek beyond its end with this ValueError, struct a short read with "requires a buffer".
+    text = str(exc)
+    return "seek out of range" in text or "requires a buffer of" in text
+
+
+def _text(value: bytes) -> str:
+    return value.decode("ascii", "replace").strip(" \0")[:64]
+
+
+def _inflate(view: mmap.mmap, offset: int) -> tuple[BinaryIO, str]:
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    kept = bytearray()
+    total, position, pending = 0, offset, b""
+    while not inflater.eof:
+        if not pending:
+            pending = view[position : position + 65536]
+            position += len(pending)
+            if not pending:
+                raise CutError("The deflated data set has no end.")
+        try:
+            out = inflater.decompress(pending, 1024 * 1024)
+        except zlib.error as exc:
+            raise CutError(f"The deflated data set is damaged: {exc}.") from exc
+        pending = inflater.unconsumed_tail
+        total += len(out)
+        kept += out[: max(0, _INFLATED_KEPT_BYTES - len(kept))]
+        if total > INFLATED_LIMIT_BYTES:
+            return BytesIO(bytes(kept)), f"the data set inflates to more than {INFLATED_LIMIT_BYTES} bytes"
+    return BytesIO(bytes(kept)), ""

@@ -1,0 +1,32 @@
+"""Every answer of the DICOM door to a C-STORE in one table: our reason, the standard's status."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Outcome(StrEnum):
+    """What became of one received object."""
+
+    STORED = "stored"  # on disk, fsynced, indexed
+    DUPLICATE = "duplicate"  # the same bytes were stored before: idempotent success
+    CONFLICT = "conflict"  # stored beside other bytes of the same SOP Instance UID; flagged
+    NO_ROOM = "no_room"  # disk, quota or object limit
+    MISMATCH = "mismatch"  # command and data set contradict each other about class or instance
+    CUT = "cut"  # the data set ends before its own lengths say so
+    BAD_UID = "bad_uid"  # the command's SOP Instance UID is not a UID
+    FAULT = "fault"  # our disk or index failed, or a defect of ours
+
+
+STATUS: dict[Outcome, int] = {
+    Outcome.STORED: 0x0000,
+    Outcome.DUPLICATE: 0x0000,
+    Outcome.CONFLICT: 0x0000,
+    Outcome.NO_ROOM: 0xA700,  # Refused: Out of Resources (PS3.4 table B.2-1)
+    Outcome.MISMATCH: 0xA900,  # Error: Data Set does not match SOP Class
+    Outcome.CUT: 0xC000,  # Error: Cannot understand
+    Outcome.BAD_UID: 0x0117,  # Invalid SOP Instance (PS3.7 annex C.4.4)
+    Outcome.FAULT: 0x0110,  # Processing Failure (PS3.7 annex C.4.2): the sender may try again
+}
+
+KEPT = frozenset({Outcome.STORED, Outcome.DUPLICATE, Outcome.CONFLICT})
