@@ -6,6 +6,7 @@ digest, so trusting the manifest (TUF, threshold of release officers) is trustin
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -103,7 +104,9 @@ class Manifest(Struct, frozen=True):
     created: str  # ISO 8601 UTC
     architecture: str  # name in models/, e.g. hybrid-1
     weights: FileName  # safetensors, half precision, BatchNorm folded
-    golden: FileName  # safetensors: `image` uint8 (N, H, W), `head` int64 (N,), `logits.<variant>` float32 (N, K)
+    golden: (
+        FileName  # safetensors: `image` uint8 (N, H, W), `head` int64 (N,), `logits.<variant>` float32 (N, K)
+    )
     card: FileName
     feature_size: int
     heads: list[Head]
@@ -157,17 +160,20 @@ def decode_manifest(data: bytes) -> Manifest:
     return manifest
 
 
-def verify_package(folder: Path, digest: str) -> Manifest:
-    """Returns the manifest of the package in `folder` after checking every byte of it against `digest`.
+def verify_package(folder: Path, digest: str, *, names: Collection[str] | None = None) -> Manifest:
+    """Returns the manifest of the package in `folder` after checking its bytes against `digest`.
+
+    `names` limits the check to those files: a node holds only what its machine can run. None checks every file.
 
     Raises:
-        TrustError: the manifest's digest differs, or a file is missing, of another length or of another digest.
+        TrustError: the manifest's digest differs or does not list a file of `names`, or a file is missing, of another
+            length or of another digest.
     """
     data = read_limited(folder / MANIFEST_NAME, MANIFEST_LIMIT_BYTES)
     if sha256_hex(data) != digest:
         raise TrustError(f"{folder / MANIFEST_NAME} is not the manifest {digest[:12]}.")
     manifest = decode_manifest(data)
-    for entry in manifest.files:
+    for entry in manifest.files if names is None else [manifest.file(name) for name in names]:
         path = folder / entry.name
         if not path.is_file() or path.stat().st_size != entry.length or sha256_file(path) != entry.sha256:
             raise TrustError(f"{path} is missing or is not the file that the manifest names.")
