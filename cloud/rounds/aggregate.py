@@ -1,7 +1,7 @@
 """One round's average: weigh each update, open it, add it to the base.
 
-The memory is one model's, however many hospitals: norms were measured when updates came in, so who is an outlier is
-known before the first one is opened again, and only one is ever open.
+The memory is one model's, however many hospitals: norms were measured when updates came in, so who is an
+outlier is known before the first one is opened again, and only one is ever open.
 """
 
 from __future__ import annotations

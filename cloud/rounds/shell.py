@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from sqlalchemy import Connection, Engine, Row, insert, select, update
@@ -22,13 +22,14 @@ from cloud.training import jobs
 from cloud.training.gate import Verdict
 from cloud.training.tables import jobs as job_rows
 from shared.clock import Clock
-from shared.errors import PeerError
+from shared.errors import PeerError, StateError
 from shared.log import get_logger
 from shared.wire.records import HeadJudgement, JudgeTask, TrainTask
 
 Assign = Callable[[Connection, str, str, TrainTask | JudgeTask | None], None]  # site, node, its task
-Register = Callable[[Connection, Verdict], None]
+Register = Callable[[Verdict], None]  # the same verdict twice is one entry
 
+T = TypeVar("T")
 _KIND = {State.REFIT: "refit", State.AGGREGATING: "aggregate", State.BUILDING: "build"}
 _OUTPUT: Mapping[str, type[Weights] | type[Built]] = {"refit": Weights, "aggregate": Weights, "build": Built}
 
@@ -75,7 +76,10 @@ def load(conn: Connection, id: str) -> Campaign:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Moves every campaign that can move. `assign` and `register` write in the transaction they are given."""
+    """Moves every campaign that can move.
+
+    `assign` writes in the transaction it is given; `register` must take the same verdict twice.
+    """
 
     engine: Engine
     assign: Assign
@@ -140,8 +144,7 @@ class Rounds:
                     "rounds.gated", round=round, decision=verdict.decision, reasons=verdict.reasons
                 )
             case machine.Register():
-                assert campaign.progress.verdict is not None  # noqa: S101 - the machine registers after a verdict only
-                self.register(conn, campaign.progress.verdict)
+                self.register(_made(campaign.progress.verdict))
             case machine.Dismiss():
                 self._give(conn, campaign, None)
 
@@ -186,8 +189,7 @@ def _key(campaign: Campaign, kind: str) -> str:
 
 
 def _open_round(conn: Connection, campaign: Campaign, train: bool, now: datetime) -> None:
-    weights = campaign.progress.weights
-    assert weights is not None  # noqa: S101 - the machine opens rounds after the refit only
+    weights = _made(campaign.progress.weights)
     row = {
         "id": campaign.round, "campaign": campaign.id, "number": campaign.number, "base": weights.file.sha256,
         "layout": msgspec.to_builtins(weights.layout), "max_norm": campaign.plan.max_norm,
@@ -196,13 +198,19 @@ def _open_round(conn: Connection, campaign: Campaign, train: bool, now: datetime
     conn.execute(insert(rounds).values(row))
 
 
+def _made(part: T | None) -> T:
+    """Returns what the machine promises to have made before the action that asks for it."""
+    if part is None:
+        raise StateError("A campaign's record lacks what its state needs.", cure="Restore the database.")
+    return part
+
+
 def _set_round(conn: Connection, id: str, **values: object) -> None:
     conn.execute(update(rounds).where(rounds.c.id == id).values(**values))
 
 
 def _train_task(campaign: Campaign, now: datetime) -> TrainTask:
-    plan, weights = campaign.plan, campaign.progress.weights
-    assert weights is not None  # noqa: S101 - as in _open_round
+    plan, weights = campaign.plan, _made(campaign.progress.weights)
     return TrainTask(
         round=campaign.round,
         number=campaign.number,
@@ -220,8 +228,7 @@ def _train_task(campaign: Campaign, now: datetime) -> TrainTask:
 
 
 def _judge_task(campaign: Campaign, now: datetime) -> JudgeTask:
-    plan, built = campaign.plan, campaign.progress.built
-    assert built is not None  # noqa: S101 - the machine asks judges after a build only
+    plan, built = campaign.plan, _made(campaign.progress.built)
     return JudgeTask(
         round=campaign.round,
         package=campaign.champion,

@@ -1,8 +1,9 @@
 """May this candidate leave the building? A pure function of what hospitals and the reference set measured.
 
 A candidate passes when it is proven better somewhere and plausibly worse nowhere, when its eight-bit form
-answers like its full-precision form, and when there were cases enough to say so. Too few cases is `insufficient`,
-which is not a weak pass: it never rolls out by itself. A gate that saw phantoms only says `weak`.
+answers like its full-precision form, and when there were cases enough to say so. Too few cases is
+`insufficient`, which is not a weak pass: it never rolls out by itself. A gate that saw phantoms only says
+`weak`.
 """
 
 from __future__ import annotations
