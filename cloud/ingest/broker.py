@@ -101,7 +101,8 @@ class Broker:
     def _keep_connected(self) -> None:
         failures = 0
         while not self._stop.is_set():
-            client = self._new_client()
+            gone = threading.Event()
+            client = self._new_client(gone)
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
             properties.SessionExpiryInterval = SESSION_S
             properties.ReceiveMaximum = INFLIGHT
@@ -110,7 +111,11 @@ class Broker:
                     *self._address, keepalive=KEEPALIVE_S, clean_start=False, properties=properties
                 )
                 self._client = client
-                client.loop_forever(retry_first_connection=False)
+                # paho's own thread, not loop_forever in ours: without it paho lets publish() write to the TLS
+                # socket from the caller's thread while this one reads, and the broker sees "bad record mac".
+                client.loop_start()
+                gone.wait()
+                client.loop_stop()
             except OSError as exc:
                 self._log.warning("broker.unreachable", reason=str(exc))
             failures = 0 if self._ready.is_set() else failures + 1
@@ -119,7 +124,7 @@ class Broker:
             ceiling = min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** min(failures, 10))
             self._stop.wait(random.uniform(0, ceiling))  # noqa: S311  # jitter, not a secret
 
-    def _new_client(self) -> mqtt.Client:
+    def _new_client(self, gone: threading.Event) -> mqtt.Client:
         client = mqtt.Client(
             CallbackAPIVersion.VERSION2,
             client_id=CLIENT_ID,
@@ -131,6 +136,7 @@ class Broker:
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
         client.on_message = self._on_message
+        client.on_disconnect = lambda *_: gone.set()
         return client
 
     def _on_connect(

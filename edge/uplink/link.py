@@ -152,20 +152,24 @@ class MqttLink:
         )
         client.tls_set_context(self._context)
         client.max_inflight_messages_set(RECEIVE_MAXIMUM)
-        why = ["the connection ended"]
-        self._listen(client, why)
+        why, gone = ["the connection ended"], threading.Event()
+        self._listen(client, why, gone)
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.SessionExpiryInterval = SESSION_S
         properties.ReceiveMaximum = RECEIVE_MAXIMUM
         try:
             client.connect(*self._address, keepalive=KEEPALIVE_S, clean_start=False, properties=properties)
-            self._client = client
-            client.loop_forever(retry_first_connection=False)
         except OSError as exc:
             return str(exc)
+        self._client = client
+        # paho's own thread, not loop_forever in ours: without it paho lets publish() write to the TLS socket
+        # from the caller's thread while this one reads, and the broker sees "bad record mac".
+        client.loop_start()
+        gone.wait()
+        client.loop_stop()
         return why[0]
 
-    def _listen(self, client: mqtt.Client, why: list[str]) -> None:
+    def _listen(self, client: mqtt.Client, why: list[str], gone: threading.Event) -> None:
         def on_connect(
             _client: mqtt.Client, _data: object, _flags: object, code: ReasonCode, _more: object
         ) -> None:
@@ -191,6 +195,7 @@ class MqttLink:
         ) -> None:
             if code.is_failure:
                 why[0] = f"the broker closed the connection: {code}"
+            gone.set()
 
         def on_publish(
             _client: mqtt.Client, _data: object, mid: int, code: ReasonCode, _more: object

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
 import numpy as np
-import onnxruntime as ort
-from safetensors.numpy import load_file
 
 from cloud.registry.director import Director, Named
 from cloud.registry.keys import create_online_keys
 from cloud.registry.officer import create_officer, sign_proposal
 from cloud.registry.repository import ReleaseRepository
 from cloud.training.gate import Bars, Verdict
+from edge.inference.engine import OnnxEngine, load_engine
+from edge.inference.golden import golden_proof
 from edge.slots.fetch import Fetcher
 from edge.slots.journal import Journal
 from edge.slots.swap import Policy, ServingRecord, Swapper, install_baseline
 from shared.errors import LinkError, TrustError
 from shared.files import atomic_write, sha256_hex
-from shared.package.input_spec import as_tensor
 from shared.package.manifest import Manifest
 from shared.wire.records import ReleaseOrder
 from tests.simulators.package import SIDE, build_package
@@ -51,7 +49,7 @@ class FolderBlobs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, data: bytes) -> str:
         atomic_write(self.folder / sha256_hex(data), data)
@@ -76,6 +74,10 @@ class CloudSide:
         self.repository = self.open_repository()
         self.director = Director(self.folder / "director", self.folder / "keys", clock=clock)
         self.director_root = self.director.create()
+        if self.repository.releases():  # the folder of an earlier process
+            self.digests = {r: t.hashes["sha256"] for r, t in self.repository.releases().items()}
+            self.baseline = self.digests[1]
+            return
         self.baseline = build_package(self.packages / "1", 1)
         self.digests = {1: self.baseline}
         publics = [create_officer(o, o.name) for o in self.officers]
@@ -138,7 +140,7 @@ class NodeSide:
         self.policy = Policy(
             shadow_studies=2, shadow_seconds=10, provisional_studies=2, provisional_seconds=10
         )
-        (folder / "models").mkdir(parents=True)
+        (folder / "models").mkdir(parents=True, exist_ok=True)
         self.journal = Journal(folder / "slots.sqlite", clock)
         install_baseline(folder / "models", self.journal, cloud.packages / "1")
         self.restart()
@@ -162,8 +164,8 @@ class NodeSide:
         self.swapper = Swapper(
             self.state / "models",
             self.journal,
-            load=load_tiny,
-            prove=prove_tiny,
+            load=load_one_thread,
+            prove=golden_proof,
             record=self.records.append,
             clock=self.clock,
             policy=self.policy,
@@ -225,41 +227,6 @@ class NodeSide:
         return self.swapper.serving()[2]
 
 
-class TinyOutputs:
-    def __init__(self, logits: np.ndarray) -> None:
-        self.logits = logits
-
-
-class TinyEngine:
-    """ONNX Runtime over the package's model, as the pipeline's engine is."""
-
-    def __init__(self, model: Path, variant: str) -> None:
-        data = model.read_bytes()
-        self.variant = variant
-        self.provider = "CPUExecutionProvider"
-        self.digest = hashlib.sha256(data).hexdigest()
-        self.session = ort.InferenceSession(data, providers=[self.provider])
-
-    def run(self, images: np.ndarray) -> TinyOutputs:
-        return TinyOutputs(self.session.run(["logits"], {"image": as_tensor(images)})[0])
-
-
-class TinyProof:
-    def __init__(self, digest: str) -> None:
-        self.digest = digest
-
-
-def load_tiny(folder: Path, manifest: Manifest) -> TinyEngine:
-    variant = next(v for v in manifest.variants if (folder / v.file).exists())
-    return TinyEngine(folder / variant.file, variant.name)
-
-
-def prove_tiny(engine: TinyEngine, folder: Path, manifest: Manifest) -> TinyProof:
-    golden = load_file(folder / manifest.golden)
-    logits = engine.run(golden["image"]).logits
-    if (
-        np.abs(logits - golden[f"logits.{engine.variant}"]).max()
-        > manifest.variant(engine.variant).golden_tolerance
-    ):
-        raise TrustError("The golden outputs are not reproduced.")
-    return TinyProof(sha256_hex(logits.tobytes()))
+def load_one_thread(folder: Path, manifest: Manifest) -> OnnxEngine:
+    """The pipeline's engine on one thread."""
+    return load_engine(folder, manifest, threads=1)
