@@ -75,15 +75,11 @@ class Orthanc:
         }
         answer = httpx.post(f"http://127.0.0.1:{self.http_port}/tools/find", json=body, timeout=30)
         answer.raise_for_status()
-        return [
-            Instance(i["ID"], {**i["MainDicomTags"], **i.get("RequestedTags", {})}) for i in answer.json()
-        ]
+        return [Instance(i["ID"], {**i["MainDicomTags"], **i.get("RequestedTags", {})}) for i in answer.json()]
 
     def file(self, instance: Instance) -> bytes:
         """Returns the stored DICOM file."""
-        return httpx.get(
-            f"http://127.0.0.1:{self.http_port}/instances/{instance.id}/file", timeout=30
-        ).content
+        return httpx.get(f"http://127.0.0.1:{self.http_port}/instances/{instance.id}/file", timeout=30).content
 
     def count(self) -> int:
         """Returns how many instances the PACS holds."""
