@@ -33,7 +33,7 @@ from msgspec import Meta, Struct
 from shared.errors import PeerError, TrustError
 from shared.wire.identity import Identity
 from shared.wire.records import SiteName, UpStage
-from shared.wire.stages import stage_named
+from shared.wire.stages import MALFORMED, stage_named
 
 VERSION: Literal[1] = 1
 HEADER_LIMIT_BYTES = 512
@@ -217,7 +217,7 @@ def _split(sealed: bytes) -> tuple[Header, bytes, bytes]:
 def _read_canonical(named: bytes) -> Header:
     try:
         header = msgspec.msgpack.decode(named, type=Header)
-    except msgspec.MsgspecError as exc:
+    except MALFORMED as exc:
         raise PeerError(f"The header is malformed: {exc}.") from exc
     if msgspec.msgpack.encode(header) != named:
         raise PeerError("The header is not in its canonical form.")

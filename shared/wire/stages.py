@@ -15,6 +15,9 @@ KIB, MIB = 1024, 1024 * 1024
 UpRecord: TypeAlias = FeatureBatch | ModelUpdate | Judgement | NodeReport
 _T = TypeVar("_T", bound=msgspec.Struct)
 
+# What msgspec raises for bytes that are no such record; its own family lacks bad UTF-8 and deep nesting.
+MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -62,5 +65,5 @@ def decode(data: bytes, record: type[_T]) -> _T:
     """
     try:
         return msgspec.msgpack.decode(data, type=record)
-    except msgspec.MsgspecError as exc:
+    except MALFORMED as exc:
         raise PeerError(f"The body is not a {record.__name__}: {exc}.") from exc
