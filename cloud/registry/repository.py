@@ -39,7 +39,7 @@ from shared.clock import Clock
 from shared.errors import PeerError, StateError, TrustError
 from shared.files import atomic_write, fsync_folder, read_limited, sha256_hex
 from shared.package.manifest import FILE_LIMIT_BYTES as PACKAGE_FILE_LIMIT_BYTES
-from shared.package.manifest import MANIFEST_LIMIT_BYTES, MANIFEST_NAME, verify_package
+from shared.package.manifest import MANIFEST_LIMIT_BYTES, MANIFEST_NAME, Manifest, verify_package
 from shared.package.release import OFFICER_THRESHOLD, ReleaseNote, read_note, release_path
 
 ROOT_LIFE = timedelta(days=5 * 365)
@@ -77,6 +77,23 @@ class ReleaseRepository:
         if current is None:
             return {}
         return {read_note(t.custom).release: t for t in current.targets.signed.targets.values()}
+
+    def manifest(self, release: int) -> Manifest:
+        """Returns the manifest of a published release.
+
+        Raises:
+            StateError: the release is not published, or its proposal folder is gone.
+            TrustError: the manifest on disk is not the one that was signed.
+        """
+        target = self.releases().get(release)
+        if target is None:
+            raise StateError(f"Release {release} is not published.")
+        folders = [f for f in self.proposals.glob("[!.]*/") if read_proposal(f).release == release]
+        if not folders:
+            raise StateError(
+                f"The proposal of release {release} is gone.", cure="Restore it from the backup."
+            )
+        return verify_package(folders[0] / PACKAGE, read_note(target.custom).package, names=[])
 
     def next_release(self) -> int:
         """Returns the number that the next package's manifest must carry: above all published and all proposed."""

@@ -7,7 +7,6 @@ from datetime import datetime
 from sqlalchemy import (
     Column,
     Connection,
-    DateTime,
     Integer,
     LargeBinary,
     String,
@@ -19,7 +18,7 @@ from sqlalchemy import (
 
 from cloud.registry.proposal import VERDICT_NAME, read_payload, read_proposal
 from cloud.registry.repository import ReleaseRepository
-from cloud.store import METADATA
+from cloud.store import METADATA, Moment
 from shared.package.manifest import MANIFEST_NAME, decode_manifest
 
 releases = Table(
@@ -30,9 +29,9 @@ releases = Table(
     Column("name", String(100), nullable=False),
     Column("verdict", LargeBinary),  # the gate's record; null for the founding release
     Column("state", String(16), nullable=False),  # proposed, signed, published
-    Column("proposed_at", DateTime(timezone=True), nullable=False),
-    Column("signed_at", DateTime(timezone=True)),
-    Column("published_at", DateTime(timezone=True)),
+    Column("proposed_at", Moment, nullable=False),
+    Column("signed_at", Moment),
+    Column("published_at", Moment),
 )
 
 
