@@ -49,9 +49,7 @@ def verify(conn: Connection) -> tuple[int, str]:
     """
     previous, expected = GENESIS, 1
     for row in conn.execute(select(audit).order_by(audit.c.serial)).yield_per(500):
-        values = {
-            name: getattr(row, name) for name in ("serial", "at", "actor", "action", "subject", "detail")
-        }
+        values = {name: getattr(row, name) for name in ("serial", "at", "actor", "action", "subject", "detail")}
         if row.serial != expected or row.digest != _digest(previous, values):
             raise TrustError(
                 f"The audit log is not what was written: entry {expected} is wrong.",

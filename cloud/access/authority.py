@@ -27,6 +27,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from shared.errors import PeerError, StateError
 from shared.files import atomic_write, read_limited
+from shared.wire.identity import Identity
 
 CA_LIFETIME = timedelta(days=3650)
 SERVER_LIFETIME = timedelta(days=397)  # the longest that browsers accept
@@ -56,13 +57,13 @@ class Authority:
     def pem(self) -> bytes:
         return self.certificate.public_bytes(Encoding.PEM)
 
-    def issue_device(self, key: Ed25519PublicKey, site: str, node: str, now: datetime) -> x509.Certificate:
+    def issue_device(self, key: Ed25519PublicKey, node: Identity, now: datetime) -> x509.Certificate:
         """Returns a client certificate that names `<site>/<node>`, whatever the CSR asked for."""
         extensions: list[Extension] = [
-            (x509.SubjectAlternativeName([x509.UniformResourceIdentifier(node_uri(site, node))]), False),
+            (x509.SubjectAlternativeName([x509.UniformResourceIdentifier(node.uri)]), False),
             (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), False),
         ]
-        return self._issue(f"{site}/{node}", key, now, DEVICE_LIFETIME, extensions)
+        return self._issue(node.common_name, key, now, DEVICE_LIFETIME, extensions)
 
     def issue_service(
         self, name: str, key: ec.EllipticCurvePublicKey, hosts: Sequence[str], now: datetime
@@ -143,18 +144,14 @@ def ensure_service(
     path = folder / f"{file}.pem"
     if path.exists() and (folder / f"{file}.key").exists():
         old = x509.load_pem_x509_certificate(read_limited(path, KEY_LIMIT_BYTES))
-        if (
-            _hosts(old) == set(hosts)
-            and not renewal_due(old, now)
-            and old.issuer == authority.certificate.subject
-        ):
+        if _hosts(old) == set(hosts) and not renewal_due(old, now) and old.issuer == authority.certificate.subject:
             return
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = authority.issue_service(name, key.public_key(), hosts, now)
     _write_pair(folder, file, certificate.public_bytes(Encoding.PEM) + authority.pem, key)
 
 
-def read_csr(data: bytes, allowed_name: str, allowed_uri: str) -> Ed25519PublicKey:
+def read_csr(data: bytes, allowed: Identity) -> Ed25519PublicKey:
     """Returns the key of a certificate request after checking its proof of possession.
 
     The name comes from the inventory; a request that asks for another one is an attack or a mix-up, so it is refused
@@ -176,16 +173,11 @@ def read_csr(data: bytes, allowed_name: str, allowed_uri: str) -> Ed25519PublicK
         san = _san(csr.extensions)
     except (ValueError, UnsupportedAlgorithm) as exc:
         raise PeerError(f"Not a certificate request: {exc}.") from exc
-    if any(name != allowed_name for name in names) or any(
-        not isinstance(entry, x509.UniformResourceIdentifier) or entry.value != allowed_uri for entry in san
+    if any(name != allowed.common_name for name in names) or any(
+        not isinstance(entry, x509.UniformResourceIdentifier) or entry.value != allowed.uri for entry in san
     ):
-        raise PeerError(f"The request asks for a name that is not {allowed_name}.")
+        raise PeerError(f"The request asks for a name that is not {allowed.common_name}.")
     return key
-
-
-def node_uri(site: str, node: str) -> str:
-    """Returns the URI that a node's certificate carries as subject alternative name."""
-    return f"spiffe://radfleet/{site}/{node}"
 
 
 def renewal_due(certificate: x509.Certificate, now: datetime) -> bool:

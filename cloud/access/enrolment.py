@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import re
 import secrets
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -14,14 +13,14 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from sqlalchemy import Connection, Engine, and_, insert, select, update
 
 from cloud.access import audit
-from cloud.access.authority import Authority, node_uri, read_csr
+from cloud.access.authority import Authority, read_csr
 from cloud.access.tables import devices, invitations, nodes
 from shared.clock import Clock
 from shared.errors import PeerError, TrustError
 from shared.signin import mint, token_digest
+from shared.wire.identity import Identity
 
 INVITATION_LIFETIME = timedelta(hours=1)
-_NAME = re.compile("[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 
 
 def invite(conn: Connection, clock: Clock, authority: Authority, site: str, node: str, *, actor: str) -> str:
@@ -33,12 +32,7 @@ def invite(conn: Connection, clock: Clock, authority: Authority, site: str, node
     Raises:
         PeerError: a name that topics and certificates cannot carry.
     """
-    for name in (site, node):
-        if not _NAME.fullmatch(name):
-            raise PeerError(
-                f"{name!r} cannot be a name of a site or node.",
-                cure="Use 1 to 32 small letters, digits and inner dashes.",
-            )
+    identity = Identity(site, node)
     where = and_(nodes.c.site == site, nodes.c.node == node)
     if conn.execute(select(nodes).where(where)).first() is None:
         conn.execute(insert(nodes).values(site=site, node=node, invited_at=clock.now()))
@@ -52,9 +46,7 @@ def invite(conn: Connection, clock: Clock, authority: Authority, site: str, node
             expires_at=clock.now() + INVITATION_LIFETIME,
         )
     )
-    audit.record(
-        conn, clock, actor=actor, action="enrolment.invited", subject=f"{site}/{node}", id=identifier
-    )
+    audit.record(conn, clock, actor=actor, action="enrolment.invited", subject=identity.common_name, id=identifier)
     return f"{identifier}.{secret}.{authority.fingerprint}"
 
 
@@ -81,7 +73,7 @@ def enrol(
         if invitation.expires_at < now:
             raise TrustError("The enrolment token has expired.", cure="Ask for a new invitation.")
         site, node = invitation.site, invitation.node
-        key = read_csr(csr, f"{site}/{node}", node_uri(site, node))
+        key = read_csr(csr, Identity(site, node))
         ended = conn.execute(
             update(invitations)
             .where(invitations.c.id == identifier, invitations.c.used_at.is_(None))
@@ -89,17 +81,13 @@ def enrol(
         )
         if ended.rowcount != 1:  # two requests with one token at the same moment, on PostgreSQL
             raise TrustError("The enrolment token was used before.", cure="Ask for a new invitation.")
-        conn.execute(
-            update(devices).where(devices.c.site == site, devices.c.node == node).values(revoked=True)
-        )
+        conn.execute(update(devices).where(devices.c.site == site, devices.c.node == node).values(revoked=True))
         return _issue(conn, clock, authority, key, site, node, "enrolment.enrolled")
 
     return _audited(engine, clock, f"invitation {identifier[:16]}", accept)
 
 
-def renew(
-    engine: Engine, clock: Clock, authority: Authority, presented: bytes, csr: bytes
-) -> x509.Certificate:
+def renew(engine: Engine, clock: Clock, authority: Authority, presented: bytes, csr: bytes) -> x509.Certificate:
     """Returns a fresh certificate for the node whose valid certificate (`presented`, DER) opened the connection.
 
     Raises:
@@ -112,23 +100,12 @@ def renew(
         if device is None or device.revoked:
             raise TrustError("The certificate is revoked.", cure="Enrol the node again.")
         site, node = device.site, device.node
-        key = read_csr(csr, f"{site}/{node}", node_uri(site, node))
+        key = read_csr(csr, Identity(site, node))
         if key.public_bytes_raw() != device.key:
             raise PeerError("A renewal keeps the device key.", cure="Enrol the node again to change it.")
         return _issue(conn, clock, authority, key, site, node, "enrolment.renewed")
 
     return _audited(engine, clock, "renewal", accept)
-
-
-def device_key(conn: Connection, site: str, node: str) -> bytes | None:
-    """Returns the raw Ed25519 public key (32 bytes) that the node signs with; None when it has none."""
-    row = conn.execute(
-        select(devices.c.key)
-        .where(devices.c.site == site, devices.c.node == node, devices.c.revoked.is_(False))
-        .order_by(devices.c.issued_at.desc())
-        .limit(1)
-    ).first()
-    return row.key if row else None
 
 
 def device_of(conn: Connection, certificate: bytes, now: datetime) -> tuple[str, str] | None:
@@ -157,7 +134,7 @@ def _issue(
     action: str,
 ) -> x509.Certificate:
     now = clock.now()
-    certificate = authority.issue_device(key, site, node, now)
+    certificate = authority.issue_device(key, Identity(site, node), now)
     serial = f"{certificate.serial_number:x}"
     conn.execute(
         insert(devices).values(
@@ -171,9 +148,7 @@ def _issue(
             revoked=False,
         )
     )
-    audit.record(
-        conn, clock, actor=f"node:{site}/{node}", action=action, subject=f"{site}/{node}", serial=serial
-    )
+    audit.record(conn, clock, actor=f"node:{site}/{node}", action=action, subject=f"{site}/{node}", serial=serial)
     return certificate
 
 
@@ -185,7 +160,5 @@ def _audited(
             return accept(conn)
     except (PeerError, TrustError) as exc:
         with engine.begin() as conn:
-            audit.record(
-                conn, clock, actor="unknown", action="enrolment.refused", subject=subject, reason=exc.message
-            )
+            audit.record(conn, clock, actor="unknown", action="enrolment.refused", subject=subject, reason=exc.message)
         raise

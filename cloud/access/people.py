@@ -24,6 +24,7 @@ from shared.signin import (
 )
 
 Action = Literal["fleet.read", "release.roll", "campaign.start", "node.invite", "people.invite", "audit.read"]
+CredentialKind = Literal["session", "token"]
 TOKEN_LIFETIME_S = 30 * 24 * 3600
 
 # The one table of who may do what.
@@ -67,6 +68,14 @@ def invite_person(conn: Connection, clock: Clock, name: str, role: Role, *, acto
     return _credential(conn, clock, "link", person, LINK_LIFETIME_S)
 
 
+def role_named(word: str) -> Role:
+    """Returns the role called `word`; PeerError when there is none."""
+    for role in ROLES:
+        if role == word:
+            return role
+    raise PeerError(f"There is no role {word!r}.", cure=f"The roles are {', '.join(ROLES)}.")
+
+
 def has_people(conn: Connection) -> bool:
     """Tells whether anybody was ever invited."""
     return conn.execute(select(people.c.id).limit(1)).first() is not None
@@ -95,9 +104,7 @@ def set_password(conn: Connection, clock: Clock, link: str, password: str) -> st
     return owner.name
 
 
-def sign_in(
-    conn: Connection, clock: Clock, name: str, password: str, kind: Literal["session", "token"] = "session"
-) -> str | None:
+def sign_in(conn: Connection, clock: Clock, name: str, password: str, kind: CredentialKind = "session") -> str | None:
     """Returns a session (or bearer token) for a right password; None for a wrong one. Both are audited."""
     row = conn.execute(select(people).where(people.c.name == name)).first()
     if not password_matches(row.password if row else None, password):
@@ -105,12 +112,10 @@ def sign_in(
         return None
     assert row is not None  # noqa: S101  password_matches is False for nobody
     audit.record(conn, clock, actor=name, action="people.signed_in", subject=name, kind=kind)
-    return _credential(
-        conn, clock, kind, row.id, SESSION_LIFETIME_S if kind == "session" else TOKEN_LIFETIME_S
-    )
+    return _credential(conn, clock, kind, row.id, SESSION_LIFETIME_S if kind == "session" else TOKEN_LIFETIME_S)
 
 
-def who(conn: Connection, clock: Clock, kind: Literal["session", "token"], secret: str) -> Person | None:
+def who(conn: Connection, clock: Clock, kind: CredentialKind, secret: str) -> Person | None:
     """Returns the person that a session or bearer token stands for; None when it is over."""
     return _owner(conn, clock, kind, secret)
 
@@ -124,9 +129,7 @@ def _credential(conn: Connection, clock: Clock, kind: str, person: int, lifetime
     conn.execute(delete(credentials).where(credentials.c.expires_at < clock.now()))
     secret = mint()
     expires = clock.now() + timedelta(seconds=lifetime_s)
-    conn.execute(
-        insert(credentials).values(digest=token_digest(secret), kind=kind, person=person, expires_at=expires)
-    )
+    conn.execute(insert(credentials).values(digest=token_digest(secret), kind=kind, person=person, expires_at=expires))
     return secret
 
 

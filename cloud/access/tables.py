@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     Column,
     ForeignKey,
@@ -25,6 +26,8 @@ nodes = Table(
     Column("node", String(32), primary_key=True),
     Column("invited_at", Moment, nullable=False),
     Column("last_seen", Moment),
+    Column("incarnation", String(32)),  # with `sequence`: which message the report came in
+    Column("sequence", BigInteger),
     Column("report", JSON),
 )
 

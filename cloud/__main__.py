@@ -1,0 +1,5 @@
+"""`python -m cloud`: the same command line as `radfleet-cloud`."""
+
+from cloud.cli import main
+
+main()

@@ -1,0 +1,166 @@
+"""`radfleet-edge`: set up, enrol, run, look, check."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from edge import app as parts
+from edge.config import TEMPLATE, EdgeConfig, load_config
+from edge.enrolment import enrol as enrol_node
+from edge.enrolment import read_identity
+from edge.report import node_report
+from edge.slots.journal import Journal
+from edge.web.labels import Labels
+from shared.clock import SystemClock
+from shared.console import run_cli
+from shared.errors import ConfigError
+from shared.files import atomic_write
+from shared.log import configure
+from shared.supervise import read_facts, stop_on_signals
+
+CONSOLE_ACTOR = "console"
+
+app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+out = Console(highlight=False, soft_wrap=True, markup=False)
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The node's TOML file.")]
+DEFAULT_CONFIG = Path("edge.toml")
+
+
+@app.command()
+def init(folder: Path) -> None:
+    """Writes FOLDER/edge.toml and the state folder; prints the first administrator's one-time link once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "edge.toml"
+    if not path.exists():
+        atomic_write(path, TEMPLATE.encode(), mode=0o644)
+    config = load_config(path)
+    link = parts.found(config)
+    out.print(f"Configuration: {path}\nState: {config.state}")
+    if link is None:
+        out.print("There are people already; an administrator invites others.")
+    else:
+        out.print(f"First administrator, valid once for a day: {parts.web_url(config)}/welcome/{link}")
+
+
+@app.command()
+def enrol(url: str, token: str, config: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Enrols the node with the cloud at URL by the TOKEN that `radfleet-cloud invite` printed."""
+    node = enrol_node(url, token, load_config(config).state)
+    out.print(f"Enrolled as {node.site}/{node.node}.")
+
+
+@app.command()
+def person(name: str, role: Annotated[str, typer.Option()], config: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Prints a one-time link with which NAME sets a password: a new person, or one who forgot it."""
+    settings = load_config(config)
+    labels = Labels(settings.state / "labels.sqlite", SystemClock())
+    link = labels.invite(name, role, actor=CONSOLE_ACTOR)
+    labels.close()
+    out.print(f"{parts.web_url(settings)}/welcome/{link}")
+
+
+@app.command()
+def run(
+    only: Annotated[str | None, typer.Option(help=f"One of {', '.join(parts.PROCESSES)}.")] = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+) -> None:
+    """Runs the node until SIGTERM or Ctrl-C; with --only, one of its processes."""
+    if only is not None and only not in parts.PROCESSES:
+        raise ConfigError(f"There is no process {only}.", cure=f"Choose one of {', '.join(parts.PROCESSES)}.")
+    stop = stop_on_signals()
+    settings = load_config(config)
+    node = read_identity(settings.state)
+    configure(only or "edge", **({"site": node.site, "node": node.node} if node else {}))
+    if only:
+        parts.run_process(only, settings, stop)
+    else:
+        parts.supervise(config.resolve(), settings, stop, lambda line: print(line, flush=True))  # noqa: T201
+
+
+@app.command()
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    config: ConfigOption = DEFAULT_CONFIG,
+) -> None:
+    """Shows who the node is, which processes run, and what it serves."""
+    settings = load_config(config)
+    node = read_identity(settings.state)
+    journal = Journal(settings.state / "slots.sqlite", SystemClock())
+    report = node_report(settings.state, journal.reports(), clock_trusted=True)
+    journal.close()
+    ready = read_facts(settings.run_folder / "ready.json")
+    if as_json:
+        body = {
+            "node": node,
+            "processes": ready,
+            "report": {name: getattr(report, name) for name in report.__struct_fields__},
+        }
+        out.print(msgspec.json.encode(body).decode())
+        return
+    table = Table(show_header=False)
+    table.add_row("node", f"{node.site}/{node.node}" if node else "not enrolled")
+    table.add_row("processes", ", ".join(ready) or "not running")
+    table.add_row("model", f"{report.package[:12]} release {report.release} {report.variant}")
+    table.add_row("serving", f"pid {report.serving_pid}, golden {report.golden[:12]}")
+    table.add_row("studies", f"{report.studies} answered, {report.quarantined} in quarantine")
+    table.add_row("labels", str(report.labelled))
+    table.add_row("outbox", f"{report.outbox_waiting} waiting, {report.outbox_expired} expired")
+    for slot in report.slots:
+        table.add_row("slot", f"{slot.release} {slot.package[:12]} {slot.state} {slot.reason}")
+    Console(highlight=False).print(table)
+
+
+@app.command()
+def check(config: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Checks configuration, disk, model and peers; ends with 78 when the operator must act."""
+    settings = load_config(config)
+    table = Table("what", "result")
+    faults = [f"{what}: {fault}" for what, fault in _checks(settings, table) if fault]
+    Console(highlight=False).print(table)
+    if faults:
+        raise ConfigError(f"{len(faults)} check(s) failed.", faults=faults)
+
+
+def _checks(settings: EdgeConfig, table: Table) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+
+    def note(what: str, good: str, fault: str) -> None:
+        table.add_row(what, fault or good)
+        found.append((what, fault))
+
+    state = settings.state
+    note("state", str(state), "" if (state / "site.key").exists() else "run `radfleet-edge init`")
+    allowed = ", ".join(peer.ae_title for peer in settings.dicom.allow)
+    note("door", f"allows {allowed}", "" if allowed else "[dicom] allow is empty: every modality is refused")
+    if settings.pacs:
+        where = f"{settings.pacs.host}:{settings.pacs.port}"
+        note("pacs", f"{where} accepts", _reach(settings.pacs.host, settings.pacs.port))
+    else:
+        note("pacs", "none: reports stay on this node", "")
+    node = read_identity(state)
+    if node:
+        note("broker", "accepts", _reach(node.broker_host, node.broker_port))
+    else:
+        note("cloud", "not enrolled: the node works alone", "")
+    return found
+
+
+def _reach(host: str, port: int) -> str:
+    try:
+        with socket.create_connection((host, port), timeout=5):
+            return ""
+    except OSError as exc:
+        return f"{host}:{port} cannot be reached ({exc})"
+
+
+def main() -> None:
+    """Entry point of `radfleet-edge`."""
+    run_cli(app)

@@ -1,0 +1,49 @@
+"""What the node really does, gathered from the files of its processes for the cloud and for `status`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from edge.sqlite import open_foreign
+from shared.wire.records import NodeReport, SlotReport
+
+
+def node_report(state: Path, slots: list[SlotReport], *, clock_trusted: bool) -> NodeReport:
+    """Returns the node's report; what does not exist yet counts zero.
+
+    The serving fields are those that the serving process itself wrote after its golden proof.
+    """
+    results, outbox = state / "results.sqlite", state / "outbox.sqlite"
+    serving = next(iter(_rows(results, "SELECT * FROM serving")), {})
+    return NodeReport(
+        version=importlib.metadata.version("radfleet"),
+        package=str(serving.get("package", "")),
+        release=int(serving.get("release", 0)),
+        variant=str(serving.get("variant", "")),
+        weights_loaded=str(serving.get("weights_loaded", "")),
+        golden=str(serving.get("golden", "")),
+        serving_pid=int(serving.get("pid", 0)),
+        provider=str(serving.get("provider", "")),
+        slots=slots,
+        studies=_count(results, "SELECT COUNT(*) AS n FROM answers WHERE latest = 1"),
+        quarantined=_count(results, "SELECT COUNT(*) AS n FROM quarantine"),
+        labelled=_count(state / "labels.sqlite", "SELECT COUNT(DISTINCT answer_id) AS n FROM labels"),
+        outbox_waiting=_count(outbox, "SELECT COUNT(*) AS n FROM messages WHERE state = 'waiting'"),
+        outbox_expired=_count(outbox, "SELECT COALESCE(SUM(n), 0) AS n FROM counts WHERE what = 'expired'"),
+        clock_trusted=clock_trusted,
+    )
+
+
+def _count(path: Path, question: str) -> int:
+    return next((int(row["n"]) for row in _rows(path, question)), 0)
+
+
+def _rows(path: Path, question: str) -> list[dict[str, Any]]:
+    database = open_foreign(path)
+    if database is None:
+        return []
+    with closing(database):
+        return [dict(row) for row in database.execute(question)]
