@@ -77,8 +77,7 @@ class NodeKit:
     def states(self) -> dict[str, int]:
         """Returns how many messages are in each state."""
         return {
-            str(row[0]): int(str(row[1]))
-            for row in self.outbox("SELECT state, count(*) FROM messages GROUP BY state")
+            str(row[0]): int(str(row[1])) for row in self.outbox("SELECT state, count(*) FROM messages GROUP BY state")
         }
 
 
@@ -102,6 +101,7 @@ class WireLab:
                 pki=self.authority.ca.parent,
                 acl=ROOT / "deploy/mosquitto/acl",
             )
+            + "user root\n"  # started by root it would become a user who may not read this folder
         )
         self.children: list[Child] = []
         self.broker = start_mosquitto(config)
