@@ -82,7 +82,7 @@ class Peer(Struct, frozen=True):
 
 
 class Door:
-    """The node's DICOM listener; an empty allow-list lets nobody in.
+    """The node's DICOM listener; an empty allow-list lets every caller in, as the configuration says.
 
     `nudge` is called after an object is durable and after an association has ended, from the
     association's thread.
@@ -157,9 +157,7 @@ class Door:
                 cure="Set dicom.host and dicom.port to a free port of this machine.",
             ) from exc
         self._ae._servers.append(self._server)
-        threading.Thread(
-            target=self._server.serve_forever, args=(0.1,), name="dicom-door", daemon=True
-        ).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.1,), name="dicom-door", daemon=True).start()
         get_logger().info("intake.listening", port=self.port)
 
     def stop(self) -> None:
@@ -178,7 +176,8 @@ class Door:
         association = event.assoc
         title = str(association.requestor.primitive.calling_ae_title).strip()
         address = str(association.requestor.address_info.address)
-        if any(title == allowed and _inside(address, network) for allowed, network in self._allow):
+        known = any(title == allowed and _inside(address, network) for allowed, network in self._allow)
+        if known or not self._allow:
             self._count("associations")
             return
         self._count("rejected")
@@ -343,12 +342,7 @@ def _contexts() -> list[PresentationContext]:
     known = {str(context.abstract_syntax) for context in AllStoragePresentationContexts}
     known |= {str(context.abstract_syntax) for context in NonPatientObjectPresentationContexts}
     for uid, (name, kind, _, _, keyword) in UID_dictionary.items():
-        if (
-            kind == "SOP Class"
-            and "Storage" in name
-            and uid.startswith("1.2.840.10008.5.1.4.")
-            and uid not in known
-        ):
+        if kind == "SOP Class" and "Storage" in name and uid.startswith("1.2.840.10008.5.1.4.") and uid not in known:
             register_uid(uid, keyword, StorageServiceClass)
             known.add(uid)
     contexts = _Contexts()

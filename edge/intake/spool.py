@@ -234,9 +234,7 @@ class Spool:
         """Returns how often each outcome occurred since the node was set up, by its name."""
         with self._lock:
             counts = {row["name"]: int(row["value"]) for row in self._index.execute("SELECT * FROM counts")}
-            stored = self._index.execute(
-                "SELECT COUNT(*), COALESCE(SUM(conflict), 0) FROM objects"
-            ).fetchone()
+            stored = self._index.execute("SELECT COUNT(*), COALESCE(SUM(conflict), 0) FROM objects").fetchone()
         return counts | {"stored": int(stored[0]), "in_conflict": int(stored[1])}
 
     def ask_room(self, length: int) -> None:

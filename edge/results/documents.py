@@ -1,0 +1,77 @@
+"""What an answer is delivered as: the report, the evidence image, and the picture for the page."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from msgspec import Struct
+
+from edge.imaging.read import decode_frames, describe, open_object
+from edge.results.picture import build_picture, display_image
+from edge.results.report import Document, build_report
+from edge.results.tables import AnswerRecord
+from shared.errors import PeerError, StateError
+from shared.log import get_logger
+
+
+class Documents(Struct, frozen=True):
+    """`state` is "built", or why nothing could be; `display` a PNG, None when no head read the image."""
+
+    state: str
+    display: bytes | None
+    rows: list[dict[str, Any]]  # of the table deliveries
+
+
+def build_documents(record: AnswerRecord, spool: Path, now: float) -> Documents:
+    """Returns an answer's documents, made from its record and from the shown image in the spool folder.
+
+    An image whose own attributes cannot be written as DICOM gives no documents, and the reason; the
+    answer stands.
+    """
+    try:
+        dataset = open_object(spool / record.shown.file)
+        documents = [build_report(record, dataset)]
+        display = None
+        if record.input is not None:
+            frames = decode_frames(dataset, describe(dataset))
+            frame = next(islice(frames, record.shown.frame, None))
+            image = display_image(frame, record.input)
+            documents.append(build_picture(record, image, dataset))
+            display = png(image)
+    except Exception as exc:  # noqa: BLE001 pydicom and highdicom name no family for what a source may hold
+        get_logger().error("results.not_built", answer=record.answer, error=f"{type(exc).__name__}")
+        reason = exc.message if isinstance(exc, (PeerError, StateError)) else type(exc).__name__
+        return Documents(f"not built: {reason}", None, [])
+    return Documents("built", display, [_row(one, record, now) for one in documents])
+
+
+def png(image: npt.NDArray[np.uint8]) -> bytes:
+    """Returns a PNG of uint8 (H, W), (H, W, 3) in RGB or (H, W, 4) in RGBA."""
+    if image.ndim == 3:
+        order = [2, 1, 0, 3][: image.shape[2]]
+        image = np.ascontiguousarray(image[..., order])  # OpenCV wants BGR
+    done, data = cv2.imencode(".png", image)
+    if not done:
+        raise StateError("OpenCV cannot write a PNG.")
+    return bytes(data.tobytes())
+
+
+def _row(document: Document, record: AnswerRecord, now: float) -> dict[str, Any]:
+    return {
+        "sop_instance": document.sop_instance,
+        "sop_class": document.sop_class,
+        "transfer_syntax": document.transfer_syntax,
+        "answer": record.answer,
+        "version": record.version,
+        "kind": document.kind,
+        "data": document.data,
+        "state": "waiting",
+        "tries": 0,
+        "next_at": now,
+        "last_error": "",
+    }
