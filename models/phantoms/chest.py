@@ -184,7 +184,7 @@ def _consolidation(rng: np.random.Generator, body: Chest, lungs: Image) -> Image
         _ellipse(patch, x, y, rng.uniform(24, 58), rng.uniform(22, 50), rng.uniform(0, 180))
         image = np.maximum(image, _soft(patch, rng.uniform(8, 16)))
     mottled = np.clip(1 + 0.45 * smooth_field(rng, image.shape, 14) + 0.25 * smooth_field(rng, image.shape, 6), 0, 2)
-    return image * mottled * lungs * rng.uniform(0.14, 0.75)
+    return np.asarray(image * mottled * lungs * rng.uniform(0.14, 0.75), dtype=np.float32)
 
 
 def _effusion(rng: np.random.Generator, body: Chest) -> Image:
@@ -202,13 +202,15 @@ def _mass(rng: np.random.Generator, body: Chest, lungs: Image) -> Image:
     x, y = _place(rng, body, low=False)
     radius = rng.uniform(11, 30)
     _ellipse(image, x, y, radius, radius * rng.uniform(0.85, 1.15), rng.uniform(0, 180))
-    return _soft(image, rng.uniform(1.5, 3.5)) * np.clip(lungs * 1.2, 0, 1) * rng.uniform(0.22, 0.8)
+    shape = _soft(image, rng.uniform(1.5, 3.5)) * np.clip(lungs * 1.2, 0, 1)
+    return np.asarray(shape * rng.uniform(0.22, 0.8), dtype=np.float32)
 
 
 def _wires(rng: np.random.Generator) -> Image:
     image = _blank()
     for _ in range(int(rng.integers(1, 4))):
-        points = np.cumsum(rng.normal(0, 60, (6, 2)), 0) + [rng.uniform(100, 380), rng.uniform(100, 400)]
+        steps = rng.normal(0, 60, (6, 2))
+        points = np.cumsum(steps, 0) + np.array([rng.uniform(100, 380), rng.uniform(100, 400)])
         cv2.polylines(image, [np.rint(points).astype(np.int32)], False, 0.5, 2)
-        _ellipse(image, *points[-1], 6, 6, value=0.8)
+        _ellipse(image, float(points[-1, 0]), float(points[-1, 1]), 6, 6, value=0.8)
     return _soft(image, 1.0)

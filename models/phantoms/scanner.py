@@ -92,24 +92,24 @@ def smooth_field(rng: np.random.Generator, shape: tuple[int, int], cell: float) 
 
 
 def expose(rng: np.random.Generator, attenuation: Image, scanner: Scanner) -> Pixels:
-    """Returns the 12-bit radiograph (H, W) of a map of line integrals (H, W), lungs about 1, bone and abdomen 3 to 4."""
+    """Returns the 12-bit radiograph (H, W) of line integrals (H, W): lungs about 1, bone and abdomen 3 to 4."""
     height, width = attenuation.shape
     beam = np.exp(1.0 - attenuation)  # 1 behind the lungs, 7 in open air
     beam = cv2.GaussianBlur(beam, (0, 0), max(0.3, scanner.blur * height))
     wide = cv2.resize(cv2.GaussianBlur(cv2.resize(beam, (64, 64)), (0, 0), 8), (width, height))
     beam = (1 - scanner.scatter * 0.5) * beam + scanner.scatter * 0.5 * np.minimum(wide, 1.5)
-    quantum = rng.standard_normal((height, width)).astype(np.float32)
-    quantum = 0.6 * quantum + 0.8 * cv2.GaussianBlur(quantum, (0, 0), 1.2) * 4.0  # the detector correlates noise
+    white = rng.standard_normal((height, width)).astype(np.float32)
+    quantum = 0.6 * white + 0.8 * cv2.GaussianBlur(white, (0, 0), 1.2) * 4.0  # the detector correlates noise
     beam = np.maximum(beam + np.sqrt(beam / scanner.dose) * quantum, 0.005)
     if scanner.grid:
         beam = beam * (1 + scanner.grid * np.sin(np.arange(width, dtype=np.float32) * 2.1))
     stored = respond(np.log(beam), scanner)  # (H, W) 0..1, 1 is dense tissue
     if scanner.structure:
         columns = rng.standard_normal((1, width)) + smooth_field(rng, (1, width), 9.0)
-        stored = stored + scanner.structure * (0.6 * columns + 0.5 * rng.standard_normal((height, 1)))
-    stored = _collimate(rng, stored.astype(np.float32), scanner)
-    stored = np.clip(stored, 0, 1)
-    return np.rint((1 - stored if scanner.inverted else stored) * 4095).astype(np.uint16)
+        pattern = 0.6 * columns + 0.5 * rng.standard_normal((height, 1))  # (H, W)
+        stored = np.asarray(stored + scanner.structure * pattern, dtype=np.float32)
+    unit = np.clip(_collimate(rng, stored, scanner), 0, 1)
+    return np.asarray(np.rint((1 - unit if scanner.inverted else unit) * 4095), dtype=np.uint16)
 
 
 def respond(log_exposure: npt.NDArray[np.floating], scanner: Scanner) -> Image:
