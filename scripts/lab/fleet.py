@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import secrets
+import sqlite3
 import ssl
 import subprocess
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -19,6 +21,7 @@ from scripts.lab.parts import Orthanc, Redis, start_mosquitto, start_orthanc, st
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIN = ROOT / ".venv" / "bin"
 OFFICERS = ("clinical", "technical")
+T = TypeVar("T")
 
 
 class CommandError(RuntimeError):
@@ -71,11 +74,16 @@ class Cloud:
     link: str
     broker_port: int
     child: Child | None = None
-    page: Page | None = None
+    _page: Page | None = None
 
     @property
     def config(self) -> Path:
         return self.folder / "cloud.toml"
+
+    @property
+    def page(self) -> Page:
+        """The administrator's signed-in page; there is one after the first start."""
+        return _there(self._page)
 
     @property
     def state(self) -> Path:
@@ -90,9 +98,18 @@ class Cloud:
         command = [BIN / "radfleet-cloud", "run", "--config", self.config]
         self.child = Child("cloud", command, log=self.folder / "cloud.log")
         self.child.wait_ready("the cloud", (self.state / "run" / "ready.json").exists, seconds=90)
-        if self.page is None:
+        if self._page is None:
             url = self.link.split("/welcome/")[0]
-            self.page = Page(url, self.link, "administrator", ca=self.state / "pki" / "ca.pem")
+            self._page = Page(url, self.link, "administrator", ca=self.state / "pki" / "ca.pem")
+
+    def blob(self, sha256: str) -> Path:
+        """Returns where the object store keeps a blob."""
+        return self.state / "objects" / sha256[:2] / sha256
+
+    def ask(self, query: str, *values: object) -> list[Any]:
+        """Returns the rows of a read-only query on the cloud's SQLite."""
+        with closing(sqlite3.connect(f"file:{self.state / 'cloud.sqlite'}?mode=ro", uri=True)) as connection:
+            return connection.execute(query, values).fetchall()
 
     def sign(self, proposal: Path, officers: Path) -> str:
         """Has both officers, each a process with a folder of its own, sign the proposal, and publishes it."""
@@ -112,12 +129,18 @@ class Hospital:
     web_port: int
     link: str
     child: Child | None = None
-    page: Page | None = None
-    sent: int = field(default=0)
+    _page: Page | None = None
+    sent: int = 0  # objects that the modality offered
+    accepted: int = 0  # and that were answered with Success
 
     @property
     def config(self) -> Path:
         return self.folder / "edge.toml"
+
+    @property
+    def page(self) -> Page:
+        """The administrator's signed-in page; there is one after the first start."""
+        return _there(self._page)
 
     @property
     def state(self) -> Path:
@@ -134,10 +157,9 @@ class Hospital:
 
     def wait_ready(self) -> None:
         """Waits until every process is ready; the first time signs the radiologist in."""
-        assert self.child is not None
-        self.child.wait_ready(self.site, (self.state / "run" / "ready.json").exists, seconds=120)
-        if self.page is None:
-            self.page = Page(self.url, self.link, "administrator")
+        _there(self.child).wait_ready(self.site, (self.state / "run" / "ready.json").exists, seconds=120)
+        if self._page is None:
+            self._page = Page(self.url, self.link, "administrator")
 
     def start(self) -> None:
         """Starts all processes and waits until each is ready."""
@@ -152,9 +174,19 @@ class Fleet:
         self.folder = folder
         self.redis: Redis | None = None
         self.mosquitto: Child | None = None
-        self.pacs: Orthanc | None = None
-        self.cloud: Cloud | None = None
+        self._pacs: Orthanc | None = None
+        self._cloud: Cloud | None = None
         self.hospitals: list[Hospital] = []
+
+    @property
+    def cloud(self) -> Cloud:
+        """The cloud, after `found`."""
+        return _there(self._cloud)
+
+    @property
+    def pacs(self) -> Orthanc:
+        """The PACS, after `start_pacs`."""
+        return _there(self._pacs)
 
     @property
     def officers(self) -> Path:
@@ -171,7 +203,7 @@ class Fleet:
             f'[broker]\nport = {broker_port}\n[redis]\nurl = "{self.redis.url}"\n'
         )
         link = _link(run("radfleet-cloud", "init", folder))
-        self.cloud = Cloud(folder, link, broker_port)
+        self._cloud = Cloud(folder, link, broker_port)
         publics = []
         for officer in OFFICERS:
             run("radfleet-cloud", "release", "officer", self.officers / officer, officer)
@@ -184,7 +216,6 @@ class Fleet:
 
     def start_broker(self) -> None:
         """Starts Mosquitto with the configuration that deploys it anywhere, plus its log of every publication."""
-        assert self.cloud is not None
         folder = self.folder / "mosquitto"
         folder.mkdir(exist_ok=True)
         source = ROOT / "deploy" / "mosquitto"
@@ -204,17 +235,16 @@ class Fleet:
 
     def start_pacs(self) -> Orthanc:
         """Starts the PACS that every hospital reports to."""
-        self.pacs = start_orthanc(self.folder / "pacs")
+        self._pacs = start_orthanc(self.folder / "pacs")
         return self.pacs
 
     def enrol(self, site: str, node: str = "edge-1") -> Hospital:
         """Makes a node by `init`, `invite` and `enrol`, and launches it without waiting."""
-        assert self.cloud is not None
         folder = self.folder / site
         folder.mkdir()
         dicom_port, web_port = free_port(), free_port()
         pacs = ""
-        if self.pacs:
+        if self._pacs:
             pacs = f'[pacs]\nae_title = "{self.pacs.aet}"\nhost = "127.0.0.1"\nport = {self.pacs.dicom_port}\n'
         (folder / "edge.toml").write_text(
             f'[dicom]\nhost = "127.0.0.1"\nport = {dicom_port}\n'
@@ -223,7 +253,6 @@ class Fleet:
         )
         link = _link(run("radfleet-edge", "init", folder))
         token = self.cloud.command("invite", site, node).strip()
-        assert self.cloud.page is not None
         run("radfleet-edge", "enrol", self.cloud.page.url, token, "--config", folder / "edge.toml")
         hospital = Hospital(site, node, folder, dicom_port, web_port, link)
         hospital.launch()
@@ -233,8 +262,8 @@ class Fleet:
     def children(self) -> list[Child]:
         """Returns every child process, in the order in which they should end."""
         found = [h.child for h in self.hospitals]
-        found += [self.cloud.child if self.cloud else None, self.mosquitto]
-        found += [self.redis.child if self.redis else None, self.pacs.child if self.pacs else None]
+        found += [self._cloud.child if self._cloud else None, self.mosquitto]
+        found += [self.redis.child if self.redis else None, self._pacs.child if self._pacs else None]
         return [child for child in found if child is not None]
 
     def stop(self) -> list[str]:
@@ -247,16 +276,30 @@ class Fleet:
             child.stop(seconds=25)
         return [child.name for child in children]
 
+    def updates(self, site: str) -> int:
+        """Returns how many updates of a hospital the cloud has taken."""
+        return int(self.cloud.ask("SELECT count(*) FROM updates WHERE site = ? AND blob IS NOT NULL", site)[0][0])
+
+    def features(self, site: str) -> int:
+        """Returns of how many confirmed cases the cloud holds features of a hospital."""
+        return int(self.cloud.ask("SELECT count(*) FROM features WHERE site = ?", site)[0][0])
+
     def broker_bytes(self) -> dict[str, dict[str, int]]:
         """Returns, by site and stage, the payload bytes that the broker logged as received from nodes."""
-        assert self.mosquitto is not None
         pattern = re.compile(r"Received PUBLISH from .*'radfleet/1/([^/]+)/[^/]+/up/([a-z]+)'.*\((\d+) bytes\)")
         found: dict[str, dict[str, int]] = {}
-        for line in self.mosquitto.log.read_text(errors="replace").splitlines():
+        for line in _there(self.mosquitto).log.read_text(errors="replace").splitlines():
             if match := pattern.search(line):
                 stages = found.setdefault(match[1], {})
                 stages[match[2]] = stages.get(match[2], 0) + int(match[3])
         return found
+
+
+def _there(part: T | None) -> T:
+    """Returns a part of the fleet; asking for one before it was started is a mistake of the caller."""
+    if part is None:
+        raise RuntimeError("This part of the fleet was not started yet.")
+    return part
 
 
 def _link(text: str) -> str:
