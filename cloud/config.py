@@ -55,6 +55,11 @@ class ObjectsSection(Section):
     url: str = Field(default="", description="empty for a folder in the state folder, or s3://bucket/prefix.")
 
 
+class RolloutSection(Section):
+    soak_s: float = Field(default=600.0, ge=0, description="seconds, 0 or more.")
+    deadline_s: float = Field(default=900.0, gt=0, description="seconds, above 0.")
+
+
 class CloudConfig(Settings):
     """Everything an operator may set in the cloud; paths are absolute, empty URLs are filled in."""
 
@@ -67,6 +72,7 @@ class CloudConfig(Settings):
     redis: RedisSection = RedisSection()
     database: DatabaseSection = DatabaseSection()
     objects: ObjectsSection = ObjectsSection()
+    rollout: RolloutSection = RolloutSection()
 
     @property
     def state(self) -> Path:
@@ -131,4 +137,8 @@ url = ""                     # empty: state/cloud.sqlite; or postgresql://user@h
 
 [objects]
 url = ""                     # empty: state/objects; or an fsspec URL such as s3://bucket/prefix
+
+[rollout]
+soak_s = 600.0               # seconds that a wave must serve a release well before the next wave gets it
+deadline_s = 900.0           # seconds of silence that count as a failure
 """

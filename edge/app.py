@@ -8,42 +8,35 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import os
 import random
 import secrets
 import threading
 from collections.abc import Callable
-from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from typing import cast
 
 from edge.config import EdgeConfig
-from edge.enrolment import NodeIdentity, read_identity, renew_if_due
+from edge.enrolment import read_identity
 from edge.nudge import Ear, nudge
 from edge.report import node_report
 from edge.slots.journal import Journal
 from edge.slots.swap import install_baseline
 from edge.web.labels import FIRST_ADMINISTRATOR, Labels
 from shared.clock import SystemClock
-from shared.errors import ConfigError, LinkError, StateError, TrustError
+from shared.errors import ConfigError
 from shared.files import atomic_write, read_limited
-from shared.log import get_logger
+from shared.serve import Listener, serve
 from shared.supervise import Job, Supervisor, announce, fix_ports, python_module
-from shared.wire.identity import Identity
-
-if TYPE_CHECKING:
-    from edge.uplink.desired import DesiredKeeper
-    from edge.uplink.download import NodePort
 
 STEADY = ("intake", "pipeline", "uplink", "web")
 PROCESSES = (*STEADY, "learning")
 NICE_LEARNING = 15
 LEARNING_LINGER_S = 60.0
-RENEWAL_LOOK_S = 3600.0
 POLL_S = 1.0
-PKI_LIMIT_BYTES = 1_000_000
+PIPELINE_LOOK_S = 0.1  # the fallback when a nudge was lost
+SITE_KEY_BYTES = 32
 
 
 def found(config: EdgeConfig) -> str | None:
@@ -111,6 +104,8 @@ def run_intake(config: EdgeConfig, stop: threading.Event) -> None:
 
 def run_uplink(config: EdgeConfig, stop: threading.Event) -> None:
     """Runs the outbox, the link and the downloader until `stop`, or until the node's identity changed."""
+    from edge.uplink_process import EnrolledUplink
+
     ear = Ear(config.run_folder / "uplink.sock")
     node = read_identity(config.state)
     announce(config.run_folder, "uplink", node=f"{node.site}/{node.node}" if node else "not enrolled")
@@ -119,140 +114,84 @@ def run_uplink(config: EdgeConfig, stop: threading.Event) -> None:
             return
         ear.wait(POLL_S)
         node = read_identity(config.state)
-    _Uplink(config, node, ear).run(stop)
+    EnrolledUplink(config, node, ear).run(stop)
 
 
-class _Uplink:
-    """The uplink process of an enrolled node: three threads and what they share."""
+def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
+    """Answers studies until `stop`: the main path, the model swap between studies, and delivery to the PACS."""
+    from edge.inference.engine import Engine, load_engine
+    from edge.inference.golden import golden_proof
+    from edge.pipeline import Models, Pipeline
+    from edge.results.cases import CaseStore
+    from edge.results.sender import Pacs, Sender
+    from edge.results.series import Rules
+    from edge.results.store import Store
+    from edge.slots.swap import Swapper
+    from edge.uplink.outbox import drop
 
-    def __init__(self, config: EdgeConfig, node: NodeIdentity, ear: Ear) -> None:
-        from edge.uplink.desired import DesiredKeeper, Obeyer
-        from edge.uplink.download import NodePort
-        from edge.uplink.link import Event, MqttLink, Transport
-        from edge.uplink.outbox import Outbox
-        from edge.uplink.uplink import Sealer, Uplink
-        from shared.wire.envelope import SealPublic
-
-        self._config, self._node, self._ear, self._clock = config, node, ear, SystemClock()
-        state, pki = config.state, config.state / "pki"
-        identity = Identity(node.site, node.node)
-        ca, certificate, key = pki / "ca.pem", pki / "device.pem", pki / "device.key"
-        device = load_pem_private_key(read_limited(key, PKI_LIMIT_BYTES), None)
-        if not isinstance(device, Ed25519PrivateKey):
-            raise StateError("pki/device.key is not an Ed25519 key.", cure="Enrol the node again.")
-        cloud = Ed25519PublicKey.from_public_bytes(
-            bytes.fromhex(read_limited(pki / "cloud-sign.pub", PKI_LIMIT_BYTES).decode())
+    clock, state = SystemClock(), config.state
+    ear = Ear(config.run_folder / "pipeline.sock")
+    store = Store(state / "results.sqlite", state / "intake.sqlite")
+    threads = len(os.sched_getaffinity(0))
+    swapper = Swapper(
+        state / "models",
+        Journal(state / "slots.sqlite", clock),
+        load=lambda folder, manifest: load_engine(folder, manifest, threads=threads),
+        prove=lambda engine, folder, manifest: golden_proof(cast(Engine, engine), folder, manifest),
+        record=lambda served: store.record_serving(served, clock.now().timestamp()),
+        clock=clock,
+    )
+    sender = None
+    if config.pacs:
+        sender = Sender(
+            state / "results.sqlite",
+            Pacs(config.pacs.ae_title, config.pacs.host, config.pacs.port),
+            ae_title=config.dicom.ae_title,
+            clock=clock,
+            random_unit=random.random,
         )
-        self._keeper = DesiredKeeper(
-            state, identity=identity, incarnation=node.incarnation, cloud=cloud, clock=self._clock
-        )
-        self._port = NodePort(node.nodes_url, ca=ca, certificate=certificate, key=key)
-        self._journal = Journal(state / "slots.sqlite", self._clock)
-        fetcher = _fetcher(config, node, self._port, self._journal, self._keeper)
-        self._obeyer = Obeyer(
-            state / "learning",
-            self._port,
-            fetcher,
-            wait=lambda ceiling: random.uniform(0, ceiling),  # noqa: S311  jitter
-        )
-
-        def connect(deliver: Callable[[Event], None]) -> Transport:
-            return MqttLink(
-                node.broker_host,
-                node.broker_port,
-                identity=identity.common_name,
-                ca=ca,
-                certificate=certificate,
-                key=key,
-                deliver=deliver,
-            )
-
-        self._uplink = Uplink(
-            sealer=Sealer(
-                identity=identity,
-                incarnation=node.incarnation,
-                device=device,
-                recipient=SealPublic(read_limited(pki / "cloud-seal.pub", PKI_LIMIT_BYTES)),
-                new_id=lambda: secrets.token_hex(16),
-                clock=self._clock,
-            ),
-            outbox=Outbox(state / "outbox.sqlite", self._clock),
-            drops=state / "outbox" / "drop",
-            cloud=cloud,
-            connect=connect,
-            keeper=self._keeper,
-            on_news=self._obeyer.wake,
-            report=lambda: node_report(state, self._journal.reports(), clock_trusted=self._keeper.clock_trusted()),
-            features_allowed=config.learning.features == "features",
-            clock=self._clock,
-        )
-
-    def run(self, stop: threading.Event) -> None:
-        """Blocks until `stop`, or until a new certificate or enrolment asks for a fresh start."""
-        ended = threading.Event()
-        helpers = [
-            threading.Thread(target=self._obeyer.run, args=(self._keeper, ended), daemon=True),
-            threading.Thread(target=self._listen, args=(ended,), daemon=True),
-            threading.Thread(target=self._watch, args=(stop, ended), daemon=True),
-        ]
-        for helper in helpers:
-            helper.start()
-        try:
-            self._uplink.run(ended)
-        finally:
-            ended.set()
-            self._obeyer.wake()
-            self._uplink.close()
-
-    def _listen(self, ended: threading.Event) -> None:
-        from edge.uplink.link import Woken
-
-        while not ended.is_set():
-            if self._ear.wait(POLL_S):
-                self._uplink.deliver(Woken())
-
-    def _watch(self, stop: threading.Event, ended: threading.Event) -> None:
-        looked = -RENEWAL_LOOK_S
-        while not ended.is_set():
-            if stop.wait(POLL_S) or read_identity(self._config.state) != self._node:
-                ended.set()
-            elif self._clock.monotonic() - looked > RENEWAL_LOOK_S:
-                looked = self._clock.monotonic()
-                try:
-                    if renew_if_due(self._config.state, self._clock.now()):
-                        ended.set()
-                except (LinkError, TrustError) as exc:
-                    get_logger().warning("uplink.renewal_failed", reason=exc.message)
+        sender.start()
+    drops = state / "outbox" / "drop"
+    drops.mkdir(parents=True, exist_ok=True)
+    pipeline = Pipeline(
+        store,
+        state / "spool",
+        cast(Models, swapper),  # it serves what `load` made, though its own protocol asks less of an engine
+        cases=CaseStore(state / "cases" / "cases.sqlite"),
+        labels=state / "labels.sqlite",
+        site_key=read_limited(state / "site.key", SITE_KEY_BYTES),
+        rules=Rules(config.series.quiet_s, config.series.hard_limit_s),
+        enqueue=partial(drop, drops) if config.learning.features == "features" else None,
+        delivered=sender.wake if sender else lambda: None,
+        clock=clock,
+    )
+    engine, manifest, package = swapper.serving()
+    announce(config.run_folder, "pipeline", package=package, release=manifest.release, variant=engine.variant)
+    while not stop.is_set():
+        if not pipeline.step():
+            ear.wait(PIPELINE_LOOK_S)
+    if sender:
+        sender.stop()
+    store.close()
 
 
-def _fetcher(
-    config: EdgeConfig, node: NodeIdentity, port: NodePort, journal: Journal, keeper: DesiredKeeper
-) -> Callable[..., bool]:
-    """Returns the step that brings the node nearer to the release it is ordered to have."""
-    import onnxruntime
+def run_web(config: EdgeConfig, stop: threading.Event) -> None:
+    """Serves the reading page until `stop`."""
+    from edge.web.site import web_app
+    from edge.web.studies import Studies
 
-    from edge.slots.fetch import Fetcher
-
-    clock = SystemClock()
-
-    def now() -> datetime:  # a clock set back to 1970 must not make old metadata fresh
-        floor = [datetime.fromisoformat(keeper.current.issued)] if keeper.current else []
-        return max([clock.now(), *floor])
-
-    pki = config.state / "pki"
-    return Fetcher(
-        config.state / "models",
-        journal,
-        site=node.site,
-        node=node.node,
-        release_root=read_limited(pki / "tuf-root.json", PKI_LIMIT_BYTES),
-        director_root=read_limited(pki / "director-root.json", PKI_LIMIT_BYTES),
-        get=port.get,
-        download=port.download,
-        providers=onnxruntime.get_available_providers(),
-        now=now,
-        nudge=lambda: nudge(config.run_folder / "pipeline.sock"),
-    ).step
+    clock, state, web = SystemClock(), config.state, config.web
+    labels = Labels(state / "labels.sqlite", clock)
+    journal = Journal(state / "slots.sqlite", clock)
+    studies = Studies(
+        state / "results.sqlite",
+        labels,
+        labelled=lambda: nudge(config.run_folder / "pipeline.sock"),
+        report=lambda: node_report(state, journal.reports(), clock_trusted=True),
+    )
+    listener = Listener(web_app(studies, labels, clock), web.host, ports(config)["web"], web.certificate, web.key)
+    serve([listener], stop, lambda: announce(config.run_folder, "web", url=web_url(config)))
+    labels.close()
 
 
 def run_learning(config: EdgeConfig, stop: threading.Event) -> None:
@@ -272,9 +211,18 @@ def learning_wanted(state: Path) -> bool:
         return False
 
 
+_RUN: dict[str, Callable[[EdgeConfig, threading.Event], None]] = {
+    "intake": run_intake,
+    "pipeline": run_pipeline,
+    "uplink": run_uplink,
+    "web": run_web,
+    "learning": run_learning,
+}
+
+
 def run_process(name: str, config: EdgeConfig, stop: threading.Event) -> None:
     """Runs one of PROCESSES until `stop`."""
-    {"intake": run_intake, "uplink": run_uplink, "learning": run_learning}[name](config, stop)
+    _RUN[name](config, stop)
 
 
 def supervise(config_path: Path, config: EdgeConfig, stop: threading.Event, told: Callable[[str], None]) -> None:

@@ -12,7 +12,9 @@ from sqlalchemy import Connection, select
 
 from cloud.access.tables import nodes
 from cloud.registry.tables import releases
+from cloud.rounds.machine import Plan
 from cloud.rounds.tables import campaigns, rounds
+from shared.errors import PeerError
 from shared.wire.records import NodeReport
 
 SILENT_AFTER = timedelta(seconds=90)  # three missed reports
@@ -58,6 +60,28 @@ def list_nodes(conn: Connection, now: datetime) -> list[NodeView]:
         present = row.last_seen is not None and now - row.last_seen < SILENT_AFTER
         views.append(NodeView(row.site, row.node, row.last_seen, present, report))
     return views
+
+
+def champion_of(conn: Connection) -> tuple[str, list[NodeName]]:
+    """Returns the newest package that a node serves, and every node that ever reported: who learns, from what.
+
+    Raises:
+        PeerError: no node has reported yet.
+    """
+    rows = conn.execute(select(nodes).where(nodes.c.report.is_not(None)).order_by(nodes.c.site, nodes.c.node)).all()
+    reports = [_report(row.report) for row in rows]
+    serving = [report for report in reports if report.package]
+    if not serving:
+        raise PeerError("No node serves a model yet.", cure="Enrol and start a node first.")
+    return max(serving, key=lambda report: report.release).package, [(row.site, row.node) for row in rows]
+
+
+def read_plan(plan: Mapping[str, Any]) -> Plan:
+    """Returns a campaign's plan; PeerError names the key that is wrong."""
+    try:
+        return msgspec.convert(plan, Plan)
+    except msgspec.ValidationError as exc:
+        raise PeerError(f"Not a plan: {exc}.", cure="Keys and ranges: cloud.rounds.machine.Plan.") from exc
 
 
 def list_releases(conn: Connection) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ def parse_token(text: str) -> Token:
 
 
 class Welcome(Struct, frozen=True):
-    """What a node keeps of the cloud it enrols with, all public; it comes over TLS that the token's fingerprint proved."""
+    """What a node keeps of its cloud, all public; it comes over TLS that the token's fingerprint proved."""
 
     sign_key: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]  # raw Ed25519: receipts and desired states
     seal_key: Annotated[bytes, Meta(max_length=4_096)]  # HPKE public key
