@@ -59,11 +59,7 @@ class Director:
     def assignments(self) -> dict[NodeName, Assignment]:
         """Returns what the director says now, by (site, node)."""
         current = self._shelf.current()
-        found = (
-            []
-            if current is None
-            else [read_assignment(t.custom) for t in current.targets.signed.targets.values()]
-        )
+        found = [] if current is None else [read_assignment(t.custom) for t in current.targets.signed.targets.values()]
         return {(a.site, a.node): a for a in found}
 
     def assign(self, changes: Mapping[NodeName, Named | None], releases: Mapping[int, TargetFile]) -> None:
@@ -105,9 +101,7 @@ class Director:
 
     def _write(self, assigned: Mapping[str, TargetFile], *, version: int) -> None:
         now = self._clock.now()
-        targets = Metadata(
-            Targets(version=version, expires=whole(now + TARGETS_LIFE), targets=dict(assigned))
-        )
+        targets = Metadata(Targets(version=version, expires=whole(now + TARGETS_LIFE), targets=dict(assigned)))
         targets.sign(self._signer)
         self._shelf.write_targets(targets, now)
 

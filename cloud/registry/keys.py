@@ -43,7 +43,7 @@ def load_key(path: Path) -> CryptoSigner:
 
 
 def create_online_keys(keys: Path) -> None:
-    """Creates the three keys that the cloud itself holds: snapshot, timestamp and director. Never root, never release."""
+    """Creates the keys that the cloud itself holds: snapshot, timestamp and director; never root, never release."""
     keys.mkdir(parents=True, exist_ok=True, mode=0o700)
     for name in (SNAPSHOT_KEY, TIMESTAMP_KEY, DIRECTOR_KEY):
         create_key(keys / name)

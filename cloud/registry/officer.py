@@ -159,9 +159,7 @@ def _check_release(proposal: Proposal, folder: Path, memory: Memory) -> Memory:
     check_verdict(record, proposal.package)
     _check_package(proposal, folder, path, targets.signed, verdict=sha256_hex(record))
     digest = sha256_hex(targets.signed_bytes)
-    again = (
-        memory.payload == digest
-    )  # the same proposal signed twice: the first signature was lost on its way
+    again = memory.payload == digest  # the same proposal signed twice: the first signature was lost on its way
     published = [read_note(target.custom).release for target in previous.signed.targets.values()]
     if not again and proposal.release <= max([memory.release, *published]):
         raise TrustError(

@@ -103,9 +103,7 @@ def check_verdict(record: bytes, package: str) -> Verdict:
     if verdict.candidate != package:
         raise TrustError(f"The verdict judged {verdict.candidate[:12]}, not {package[:12]}.")
     if verdict.decision != "pass":
-        raise TrustError(
-            f"The gate said {verdict.decision!r} of {package[:12]}.", cure="Only what passed is released."
-        )
+        raise TrustError(f"The gate said {verdict.decision!r} of {package[:12]}.", cure="Only what passed is released.")
     return verdict
 
 

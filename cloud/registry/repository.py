@@ -90,9 +90,7 @@ class ReleaseRepository:
             raise StateError(f"Release {release} is not published.")
         folders = [f for f in self.proposals.glob("[!.]*/") if read_proposal(f).release == release]
         if not folders:
-            raise StateError(
-                f"The proposal of release {release} is gone.", cure="Restore it from the backup."
-            )
+            raise StateError(f"The proposal of release {release} is gone.", cure="Restore it from the backup.")
         return verify_package(folders[0] / PACKAGE, read_note(target.custom).package, names=[])
 
     def next_release(self) -> int:
@@ -113,9 +111,7 @@ class ReleaseRepository:
         officers = [decode(read_limited(path, FILE_LIMIT_BYTES), PublicKeys) for path in publics]
         distinct = {o.name for o in officers}, {o.root for o in officers}, {o.release for o in officers}
         if len(officers) < OFFICER_THRESHOLD or any(len(group) < len(officers) for group in distinct):
-            raise PeerError(
-                f"A root needs at least {OFFICER_THRESHOLD} officers, each with keys of their own."
-            )
+            raise PeerError(f"A root needs at least {OFFICER_THRESHOLD} officers, each with keys of their own.")
         root = self._unsigned_root(officers)
         targets = Targets(version=1, expires=whole(self._clock.now() + TARGETS_LIFE))
         proposal = Proposal(1, "root", 0, "", self._clock.now().isoformat())
@@ -128,7 +124,7 @@ class ReleaseRepository:
         return self._write_proposal(ROOT_PROPOSAL, proposal, files, founding[0] if founding else None)
 
     def propose_release(self, package: Path, digest: str, release: int, verdict: bytes) -> Path:
-        """Returns the folder of the proposal to release the package in folder `package`.
+        """Returns the folder of the proposal to release the package in folder `package`; twice the same is one.
 
         Args:
             digest: SHA-256 of the package's manifest.
@@ -145,6 +141,9 @@ class ReleaseRepository:
         current = self._shelf.current()
         if current is None:
             raise StateError("Nothing is published yet.", cure="Publish the root first.")
+        standing = self._standing(f"release-{release}", ("release", release, digest))
+        if standing is not None:
+            return standing
         if release <= max(self.releases(), default=0):
             raise TrustError(f"Release {release} is not above those published.")
         targets = Targets(
@@ -244,15 +243,10 @@ class ReleaseRepository:
         ]
         return max([published, *versions]) + 1
 
-    def _write_proposal(
-        self, name: str, proposal: Proposal, files: dict[str, bytes], package: Path | None
-    ) -> Path:
-        folder = self.proposals / name
-        if folder.exists():
-            standing = read_proposal(folder)
-            if _subject(standing) == _subject(proposal):
-                return folder
-            raise TrustError(f"Another package is already proposed as {name}.", cure="Count the release up.")
+    def _write_proposal(self, name: str, proposal: Proposal, files: dict[str, bytes], package: Path | None) -> Path:
+        standing = self._standing(name, _subject(proposal))
+        if standing is not None:
+            return standing
         staging = self.proposals / f".{name}"
         shutil.rmtree(staging, ignore_errors=True)
         (staging / SIGNATURES).mkdir(parents=True)
@@ -264,8 +258,16 @@ class ReleaseRepository:
         for file, data in files.items():
             atomic_write(staging / file, data, mode=0o644)
         atomic_write(staging / PROPOSAL_NAME, msgspec.json.encode(proposal), mode=0o644)
-        staging.rename(folder)
+        folder = staging.rename(self.proposals / name)
         fsync_folder(self.proposals)
+        return folder
+
+    def _standing(self, name: str, subject: tuple[str, int, str]) -> Path | None:
+        folder = self.proposals / name
+        if not folder.exists():
+            return None
+        if _subject(read_proposal(folder)) != subject:
+            raise TrustError(f"Another package is already proposed as {name}.", cure="Count the release up.")
         return folder
 
     def _store_package(self, folder: Path, digest: str) -> None:

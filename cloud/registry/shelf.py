@@ -120,9 +120,7 @@ class Shelf:
 
     def _write_timestamp(self, snapshot: MetaFile, now: datetime, before: Current | None) -> None:
         version = before.timestamp.signed.version + 1 if before else 1
-        timestamp = Metadata(
-            Timestamp(version=version, expires=whole(now + TIMESTAMP_LIFE), snapshot_meta=snapshot)
-        )
+        timestamp = Metadata(Timestamp(version=version, expires=whole(now + TIMESTAMP_LIFE), snapshot_meta=snapshot))
         timestamp.sign(self._timestamp)
         atomic_write(self.folder / "timestamp.json", to_bytes(timestamp), mode=0o644)
 

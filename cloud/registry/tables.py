@@ -40,9 +40,7 @@ def sync(connection: Connection, repository: ReleaseRepository, now: datetime) -
 
     Safe to repeat, so a crash between publishing and this call is healed by the next one.
     """
-    known = {
-        row.release: row.state for row in connection.execute(select(releases.c.release, releases.c.state))
-    }
+    known = {row.release: row.state for row in connection.execute(select(releases.c.release, releases.c.state))}
     changed = 0
     for folder in sorted(repository.proposals.glob("[!.]*/")):
         proposal = read_proposal(folder)
@@ -63,9 +61,7 @@ def sync(connection: Connection, repository: ReleaseRepository, now: datetime) -
                 )
             )
         times = {f"{step}_at": now for step in _passed(known.get(proposal.release), state)}
-        connection.execute(
-            update(releases).where(releases.c.release == proposal.release).values(state=state, **times)
-        )
+        connection.execute(update(releases).where(releases.c.release == proposal.release).values(state=state, **times))
     return changed
 
 

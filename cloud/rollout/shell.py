@@ -48,9 +48,7 @@ class Told:
 class Rollouts:
     """Starts, steps, and takes back rollouts, each call inside the caller's SQL transaction."""
 
-    def __init__(
-        self, repository: ReleaseRepository, director: Director, *, set_order: SetOrder, clock: Clock
-    ) -> None:
+    def __init__(self, repository: ReleaseRepository, director: Director, *, set_order: SetOrder, clock: Clock) -> None:
         self._repository = repository
         self._director = director
         self._set_order = set_order
@@ -76,9 +74,7 @@ class Rollouts:
         now = self._clock.now()
         running = rollouts.c.state == "running"
         conn.execute(
-            update(rollouts)
-            .where(running)
-            .values(state="superseded", reason=f"by release {release}", ended_at=now)
+            update(rollouts).where(running).values(state="superseded", reason=f"by release {release}", ended_at=now)
         )
         values = {
             "release": release,
@@ -254,7 +250,5 @@ class Rollouts:
     def _package(self, release: int) -> str:
         target = self._repository.releases().get(release)
         if target is None:
-            raise PeerError(
-                f"Release {release} is not published.", cure="Let the officers sign it, then publish it."
-            )
+            raise PeerError(f"Release {release} is not published.", cure="Let the officers sign it, then publish it.")
         return read_note(target.custom).package

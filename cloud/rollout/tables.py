@@ -27,9 +27,7 @@ rollout_nodes = Table(
     Column("node", String(32), primary_key=True),
     Column("position", Integer, nullable=False),
     Column("before", Integer, nullable=False),  # the release it goes back to
-    Column(
-        "slot_before", String(16), nullable=False
-    ),  # what its journal said of the release before it was ordered
+    Column("slot_before", String(16), nullable=False),  # what its journal said of the release before it was ordered
     Column("ordered_at", Moment),
     Column("committed_at", Moment),
 )

@@ -117,6 +117,8 @@ class Fetcher:
         except (TrustError, PeerError) as exc:
             log.error("slots.refused", package=order.package, release=order.release, reason=exc.message)
             self._journal.refuse(order.package, exc.message, final=False)
+            # The downloader takes a file that is there for done: what was refused starts from nothing.
+            shutil.rmtree(self._models / STAGING / order.package, ignore_errors=True)
         return False
 
     def _may_offer(self, slot: Slot | None) -> bool:

@@ -2,6 +2,7 @@
 
     OFFERED > VERIFIED > DOWNLOADED > STAGED > SHADOW > READY > PROVISIONAL > COMMITTED
         any of them before PROVISIONAL > REFUSED(reason);  PROVISIONAL > ROLLED_BACK(reason)
+        after a crash of the pipeline: STAGED .. PROVISIONAL > DOWNLOADED, at most ATTEMPTS times
 
 `uplink` writes the states up to DOWNLOADED, `pipeline` those from STAGED, each step one durable transaction; a step
 that is not legal from where the slot stands is refused, so two processes cannot cross each other. `current` and
@@ -26,7 +27,8 @@ from shared.errors import StateError
 from shared.wire.records import SlotReport
 
 State = Literal[
-    "OFFERED", "VERIFIED", "DOWNLOADED", "STAGED", "SHADOW", "READY", "PROVISIONAL", "COMMITTED", "ROLLED_BACK", "REFUSED"
+    "OFFERED", "VERIFIED", "DOWNLOADED", "STAGED", "SHADOW", "READY", "PROVISIONAL", "COMMITTED",
+    "ROLLED_BACK", "REFUSED",
 ]  # fmt: skip
 
 ATTEMPTS = 3  # per package; then it is refused until an administrator withdraws the order and gives it again
@@ -42,7 +44,7 @@ _NEXT: dict[State, State] = {
     "READY": "PROVISIONAL",
 }
 IN_FLIGHT = tuple(_NEXT)  # may still be refused or superseded; PROVISIONAL ends by itself
-_MIDWAY = ("STAGED", "SHADOW", "READY")  # live in the memory of the pipeline's process
+_IN_MEMORY = ("STAGED", "SHADOW", "READY", "PROVISIONAL")  # gone with the pipeline's process
 _ENDED = ("ROLLED_BACK", "REFUSED")
 
 _SCHEMA = """
@@ -111,22 +113,17 @@ class Journal:
             if slot is not None and ended and (slot.final or slot.attempts >= ATTEMPTS):
                 return False
             self._refuse_in_flight(db, f"superseded by release {release}")
-            self._put(
-                db, package, release, "OFFERED", "", attempts=slot.attempts + 1 if slot and ended else 1
-            )
+            self._put(db, package, release, "OFFERED", "", attempts=slot.attempts + 1 if slot and ended else 1)
             return True
 
-    def withdraw(self, keep: str | None = None) -> bool:
-        """Ends whatever is in flight except `keep`, and lets what failed for passing reasons be ordered anew.
+    def withdraw(self) -> bool:
+        """Ends whatever is in flight, and lets what failed for passing reasons be ordered anew.
 
         True when something was in flight.
         """
         with self._step() as db:
-            db.execute(
-                "UPDATE slots SET attempts = 0 WHERE state IN ('REFUSED', 'ROLLED_BACK') AND final = 0 AND package IS NOT ?",
-                (keep,),
-            )
-            return self._refuse_in_flight(db, "withdrawn by the cloud", keep=keep)
+            db.execute("UPDATE slots SET attempts = 0 WHERE state IN ('REFUSED', 'ROLLED_BACK') AND final = 0")
+            return self._refuse_in_flight(db, "withdrawn by the cloud")
 
     def verified(self, package: str, length: int) -> None:
         """OFFERED > VERIFIED; `length` is the manifest's in bytes."""
@@ -157,9 +154,7 @@ class Journal:
             if slot is None or slot.state != "PROVISIONAL":
                 raise StateError(f"{package[:12]} is not PROVISIONAL and cannot be committed.")
             self._put(db, package, slot.release, "COMMITTED", reason, length=slot.length)
-            db.execute(
-                "INSERT OR REPLACE INTO roles SELECT 'previous', package FROM roles WHERE role = 'current'"
-            )
+            db.execute("INSERT OR REPLACE INTO roles SELECT 'previous', package FROM roles WHERE role = 'current'")
             db.execute("INSERT OR REPLACE INTO roles VALUES ('current', ?)", (package,))
 
     def roll_back(self, package: str, reason: str, *, final: bool) -> None:
@@ -178,24 +173,21 @@ class Journal:
                 db.execute("UPDATE roles SET role = 'current' WHERE role = 'previous'")
 
     def recover(self) -> None:
-        """What the pipeline calls first: an unfinished PROVISIONAL goes back, a half-staged model is staged again.
+        """What the pipeline calls first: `current` serves, and what the ended process had in memory is staged again.
 
-        A package whose staging took the process down ATTEMPTS times is refused.
+        A package that took the process down ATTEMPTS times, staged or serving, is given up.
         """
         with self._step() as db:
-            for row in db.execute("SELECT * FROM slots").fetchall():
-                slot = _read(row)
-                if slot.state == "PROVISIONAL":
-                    reason = "the process ended while it was provisional"
-                    self._end(db, slot.package, "ROLLED_BACK", reason, final=False)
-                elif slot.state in _MIDWAY and slot.attempts >= ATTEMPTS:
-                    reason = f"the process ended {ATTEMPTS} times while it was {slot.state}"
-                    self._end(db, slot.package, "REFUSED", reason, final=True)
-                elif slot.state in _MIDWAY:
-                    self._put(
-                        db, slot.package, slot.release, "DOWNLOADED", f"the process ended while it was {slot.state}",
-                        attempts=slot.attempts + 1, length=slot.length,
-                    )  # fmt: skip
+            for slot in map(_read, db.execute("SELECT * FROM slots").fetchall()):
+                if slot.state not in _IN_MEMORY:
+                    continue
+                reason = f"the process ended while it was {slot.state}"
+                if slot.attempts < ATTEMPTS:
+                    again = slot.attempts + 1
+                    self._put(db, slot.package, slot.release, "DOWNLOADED", reason, attempts=again, length=slot.length)
+                else:
+                    state: State = "ROLLED_BACK" if slot.state == "PROVISIONAL" else "REFUSED"
+                    self._end(db, slot.package, state, f"{reason}, {ATTEMPTS} times", final=True)
 
     def committed(self) -> tuple[str, int] | None:
         """Returns (package, release) of the model that shall serve, or None before `install`."""
@@ -275,9 +267,7 @@ class Journal:
     def _move(self, db: sqlite3.Connection, package: str, state: State, reason: str = "") -> None:
         slot = _slot(db, package)
         if slot is None or _NEXT.get(slot.state) != state:
-            raise StateError(
-                f"{package[:12]} is {slot.state if slot else 'unknown'} and cannot become {state}."
-            )
+            raise StateError(f"{package[:12]} is {slot.state if slot else 'unknown'} and cannot become {state}.")
         self._put(db, package, slot.release, state, reason, attempts=slot.attempts, length=slot.length)
 
     def _end(self, db: sqlite3.Connection, package: str, state: State, reason: str, *, final: bool) -> None:
@@ -294,17 +284,14 @@ class Journal:
                 length=slot.length,
             )
 
-    def _refuse_in_flight(self, db: sqlite3.Connection, reason: str, keep: str | None = None) -> bool:
+    def _refuse_in_flight(self, db: sqlite3.Connection, reason: str) -> bool:
         flying = [s for s in map(_read, db.execute("SELECT * FROM slots").fetchall()) if s.state in IN_FLIGHT]
         for slot in flying:
-            if slot.package != keep:
-                self._put(db, slot.package, slot.release, "REFUSED", reason)
-        return any(slot.package != keep for slot in flying)
+            self._put(db, slot.package, slot.release, "REFUSED", reason)
+        return bool(flying)
 
     def _waiting(self, db: sqlite3.Connection, state: State) -> Slot | None:
-        row = db.execute(
-            "SELECT * FROM slots WHERE state = ? ORDER BY release DESC LIMIT 1", (state,)
-        ).fetchone()
+        row = db.execute("SELECT * FROM slots WHERE state = ? ORDER BY release DESC LIMIT 1", (state,)).fetchone()
         return _read(row) if row else None
 
 

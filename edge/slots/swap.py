@@ -180,9 +180,7 @@ class Swapper:
         if slot is None or slot.state != watch.state:
             self._watch = None  # the uplink withdrew or superseded it
             return True
-        if watch.state == "SHADOW" and self._is_over(
-            watch, self._policy.shadow_studies, self._policy.shadow_seconds
-        ):
+        if watch.state == "SHADOW" and self._is_over(watch, self._policy.shadow_studies, self._policy.shadow_seconds):
             self._swap(watch)
             return True
         if watch.state == "PROVISIONAL" and self._is_over(

@@ -1,4 +1,4 @@
-"""Is this release meant for this node? The trusted state, what the cloud serves and the time go in, the answer comes out.
+"""Is this release meant for this node? Trusted state, what the cloud serves, and the time go in; the answer comes out.
 
 The engine is python-tuf's `Updater`: it runs in a temporary folder made from the trusted state that the caller keeps
 (durably, in one transaction), because it writes its own cache without fsync. Its downloader of targets, which writes
@@ -121,9 +121,7 @@ def agree(
     note = read_note(release.custom)
     assignment = read_assignment(director.custom)
     if (assignment.site, assignment.node) != (site, node):
-        raise TrustError(
-            f"The director's assignment is for {assignment.site}/{assignment.node}, not this node."
-        )
+        raise TrustError(f"The director's assignment is for {assignment.site}/{assignment.node}, not this node.")
     if (director.hashes, director.length) != (release.hashes, release.length):
         raise TrustError("The director names another manifest than the officers signed.")
     named = {

@@ -50,7 +50,7 @@ def node(tmp_path: Path, cloud: CloudSide, clock: HandClock) -> NodeSide:
 
 
 def assert_untouched(node: NodeSide, order: ReleaseOrder, reason: str) -> None:
-    """The attacked package was refused for `reason`, is not on disk, and the model in place serves, after a restart too."""
+    """The package was refused for `reason` and is not on disk; the model in place serves, after a restart too."""
     assert node.state_of(order.package) == "REFUSED"
     assert reason in node.reason_of(order.package)
     assert not (node.state / "models" / order.package).exists()
@@ -86,9 +86,7 @@ class TestMetadata:
         node.install(cloud.order(2))
         assert_untouched(node, cloud.order(2), "signed by 1/2 keys")
 
-    def test_two_signatures_by_one_officer_are_one(
-        self, node: NodeSide, cloud: CloudSide, tmp_path: Path
-    ) -> None:
+    def test_two_signatures_by_one_officer_are_one(self, node: NodeSide, cloud: CloudSide, tmp_path: Path) -> None:
         proposal = cloud.propose(2)
         sign_proposal(cloud.officers[0], proposal)
         shutil.copy(proposal / "signatures" / "ada.json", proposal / "signatures" / "grace.json")
@@ -201,9 +199,7 @@ class TestDirector:
         self, node: NodeSide, cloud: CloudSide, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         order = cloud.release(2)
-        monkeypatch.setattr(
-            "cloud.registry.director.node_path", lambda _site, _node: "nodes/a/node1/manifest.json"
-        )
+        monkeypatch.setattr("cloud.registry.director.node_path", lambda _site, _node: "nodes/a/node1/manifest.json")
         cloud.name(2, ("b", "node1"))
         node.install(order)
         assert_untouched(node, order, "is for b/node1")
@@ -437,9 +433,10 @@ class TestKill:
     @pytest.mark.parametrize("when", ["before the commit", "after the commit"])
     @pytest.mark.parametrize("state", JOURNAL_STATES)
     def test_sigkill_at_every_step_of_the_journal(self, tmp_path: Path, state: str, when: str) -> None:
-        """A real process dies at the step; the next one serves the old model or the new one, and gets to the new one."""
+        """A real process dies at the step; the next one serves the old model or the new one, and reaches the new."""
         process = subprocess.run(
             [sys.executable, "-c", _KILLED, state, when, str(tmp_path)],
+            check=False,
             capture_output=True,
             text=True,
             timeout=60,
@@ -456,9 +453,7 @@ class TestKill:
         assert node.serving == package
         assert node.journal.committed() == (package, 2)
 
-    def test_a_package_that_takes_the_process_down_is_given_up(
-        self, node: NodeSide, cloud: CloudSide
-    ) -> None:
+    def test_a_package_that_takes_the_process_down_is_given_up(self, node: NodeSide, cloud: CloudSide) -> None:
         order = cloud.release(2)
         cloud.name(2)
         node.fetch(order)

@@ -21,7 +21,7 @@ from cloud.store import open_engine, upgrade
 from edge.slots.verify import refresh
 from shared.errors import PeerError, StateError, TrustError
 from shared.package.release import node_path, release_path
-from tests.simulators.package import MODEL, change_one_weight
+from tests.simulators.package import MODEL, build_package, change_one_weight
 from tests.simulators.release import CloudSide, HandClock, passing
 
 
@@ -60,7 +60,10 @@ class TestOfficer:
 
     def test_signs_as_a_process_of_its_own(self, cloud: CloudSide) -> None:
         proposal = cloud.propose(2)
-        code = "import sys; from pathlib import Path; from cloud.registry.officer import sign_proposal as s; s(*map(Path, sys.argv[1:]))"
+        code = (
+            "import sys; from pathlib import Path; from cloud.registry.officer import sign_proposal; "
+            "sign_proposal(*map(Path, sys.argv[1:]))"
+        )
         for officer in cloud.officers:
             subprocess.run([sys.executable, "-c", code, officer, proposal], check=True, timeout=60)
         cloud.repository.publish(proposal)
@@ -231,6 +234,16 @@ class TestCrash:
         assert cloud.repository.next_release() == 2
         cloud.release(2)
         assert cloud.repository.next_release() == 3
+
+    def test_proposing_twice_is_one_proposal_even_after_it_was_published(self, cloud: CloudSide) -> None:
+        first = cloud.propose(2)
+        assert cloud.propose(2) == first
+        cloud.sign_and_publish(first)
+        assert cloud.propose(2) == first
+        other = cloud.packages / "other"
+        digest = build_package(other, 2, seed=77)
+        with pytest.raises(TrustError, match="Another package"):
+            cloud.repository.propose_release(other, digest, 2, passing(digest))
 
     def test_publishing_twice_writes_once(self, cloud: CloudSide) -> None:
         cloud.release(2)

@@ -1,4 +1,4 @@
-"""Rollouts end to end but for the wire: real registry, director, SQL and nodes; reports and orders are function calls."""
+"""Rollouts with real registry, director, SQL and nodes; reports and orders are function calls, not messages."""
 
 from __future__ import annotations
 

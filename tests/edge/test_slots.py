@@ -102,18 +102,27 @@ class TestJournal:
         assert slot is not None
         assert slot.state == "PROVISIONAL"
 
-    def test_recovery(self, journal: Journal) -> None:
-        bring(journal, B, 2, "PROVISIONAL")
+    @pytest.mark.parametrize("state", ["STAGED", "SHADOW", "READY", "PROVISIONAL"])
+    def test_recovery(self, journal: Journal, state: str) -> None:
+        bring(journal, B, 2, state)
         journal.recover()
         slot = journal.get(B)
         assert slot is not None
-        assert slot.state == "ROLLED_BACK"
-        assert journal.committed() == (A, 1)
-        bring(journal, C, 3, "READY")
-        journal.recover()
-        slot = journal.get(C)
-        assert slot is not None
         assert (slot.state, slot.attempts) == ("DOWNLOADED", 2)
+        assert journal.committed() == (A, 1)
+
+    @pytest.mark.parametrize(("state", "end"), [("SHADOW", "REFUSED"), ("PROVISIONAL", "ROLLED_BACK")])
+    def test_what_takes_the_process_down_is_given_up(self, journal: Journal, state: str, end: str) -> None:
+        bring(journal, B, 2, state)
+        for _ in range(ATTEMPTS):
+            journal.recover()
+            for step in LINE[3 : LINE.index(state) + 1]:
+                if journal.waiting("ROLLED_BACK") is None and journal.waiting("REFUSED") is None:
+                    journal.advance(B, step)  # type: ignore[arg-type]
+        slot = journal.get(B)
+        assert slot is not None
+        assert (slot.state, slot.final) == (end, True)
+        assert journal.committed() == (A, 1)
 
     def test_back_to_one_that_was_committed_before(self, journal: Journal) -> None:
         bring(journal, B, 2, "PROVISIONAL")
@@ -122,7 +131,8 @@ class TestJournal:
         assert journal.committed() == (B, 2)
         journal.recover()  # killed while going back
         assert journal.committed() == (B, 2)
-        bring(journal, A, 1, "PROVISIONAL")
+        for step in LINE[3:]:
+            journal.advance(A, step)  # type: ignore[arg-type]
         journal.commit(A)
         assert journal.committed() == (A, 1)
         assert journal.previous() == B
@@ -218,6 +228,28 @@ class TestFetch:
         assert node.serving == cloud.baseline
         monkeypatch.undo()
         node.fetcher._download = node.download
+        node.install(order)
+        assert node.serving == order.package
+
+    def test_a_staged_file_changed_on_disk_is_fetched_anew(
+        self, node: NodeSide, cloud: CloudSide, order: ReleaseOrder, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The downloader trusts what lies under the final name; the verification after it does not."""
+
+        def lazy(url_path: str, path: Path, sha256: str, length: int) -> None:
+            if not path.exists():
+                node.download(url_path, path, sha256, length)
+
+        monkeypatch.setattr(node.fetcher, "_download", lazy)
+        node.fetcher.step(order)
+        node.fetcher.step(order)
+        staged = node.state / "models" / ".staging" / order.package / MODEL
+        staged.parent.mkdir(parents=True)
+        staged.write_bytes(b"planted")
+        node.fetch(order)
+        assert node.state_of(order.package) == "REFUSED"
+        assert node.serving == cloud.baseline
+        clock.advance(RETRY_AFTER.total_seconds())
         node.install(order)
         assert node.serving == order.package
 

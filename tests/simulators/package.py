@@ -29,9 +29,7 @@ MODEL = "model.cpu-fp32.onnx"
 GRAPH_NAME = "tiny"  # the same for every release, as a retrained model's is
 
 
-def build_package(
-    folder: Path, release: int, *, seed: int = 0, variants: tuple[str, ...] = (VARIANT,)
-) -> str:
+def build_package(folder: Path, release: int, *, seed: int = 0, variants: tuple[str, ...] = (VARIANT,)) -> str:
     """Writes a package whose weights follow from `seed` into `folder` and returns its manifest's digest."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -102,9 +100,7 @@ def onnx_bytes(kernel: np.ndarray, weight: np.ndarray) -> bytes:
 def _manifest(folder: Path, release: int, variants: tuple[str, ...]) -> Manifest:
     classes = [ModelClass(n, Code(n, "99RADFLEET", n)) for n in ("normal", "finding")]
     spec = InputSpec(SIDE, SIDE, Percentile(1, 99))
-    head = Head(
-        "xray", "Chest X-ray", ["CR", "DX"], ["CHEST"], True, [], False, 0, classes, 0, spec, 1.0, None
-    )
+    head = Head("xray", "Chest X-ray", ["CR", "DX"], ["CHEST"], True, [], False, 0, classes, 0, spec, 1.0, None)
     return Manifest(
         format=1,
         name="tiny",

@@ -85,9 +85,7 @@ class CloudSide:
         self.sign_and_publish(self.repository.propose_root(publics, founding=founding))
 
     def open_repository(self) -> ReleaseRepository:
-        return ReleaseRepository(
-            self.folder / "registry", self.folder / "keys", blobs=self.blobs, clock=self.clock
-        )
+        return ReleaseRepository(self.folder / "registry", self.folder / "keys", blobs=self.blobs, clock=self.clock)
 
     def sign_and_publish(self, proposal: Path) -> None:
         for officer in self.officers:
@@ -137,9 +135,7 @@ class NodeSide:
         self.fetched: list[str] = []
         self.records: list[ServingRecord] = []
         self.nudges = 0
-        self.policy = Policy(
-            shadow_studies=2, shadow_seconds=10, provisional_studies=2, provisional_seconds=10
-        )
+        self.policy = Policy(shadow_studies=2, shadow_seconds=10, provisional_studies=2, provisional_seconds=10)
         (folder / "models").mkdir(parents=True, exist_ok=True)
         self.journal = Journal(folder / "slots.sqlite", clock)
         install_baseline(folder / "models", self.journal, cloud.packages / "1")
