@@ -23,6 +23,10 @@ from shared.errors import PeerError
 from shared.files import read_limited
 from shared.package.input_spec import MAX_SIDE, PixelMeaning
 
+# pydicom's warnings quote values, and a value may name a patient: no check that nobody acts on.
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
+
 OBJECT_LIMIT_BYTES = 1024 * 1024 * 1024  # larger objects are kept, not read
 DECODED_LIMIT_BYTES = 1024 * 1024 * 1024  # of all frames together
 FRAME_LIMIT = 8192

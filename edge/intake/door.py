@@ -164,7 +164,7 @@ class Door:
         """Ends listening and every association; what was answered is on the disk already."""
         if self._server is not None:
             for association in self._server.active_associations:
-                association.abort()
+                association.abort() if association.is_established else association.kill()
             self._server.shutdown()
             self._server = None
 

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, cast
 
 import msgspec
 from msgspec import Struct
+from pydicom import config
 from pydicom.filereader import data_element_generator
 
 from shared.errors import PeerError
@@ -18,6 +19,10 @@ from shared.errors import PeerError
 IMPLICIT = "1.2.840.10008.1.2"
 BIG_ENDIAN = "1.2.840.10008.1.2.2"
 DEFLATED = "1.2.840.10008.1.2.1.99"
+
+# pydicom's warnings quote values, and a value may name a patient: no check that nobody acts on.
+config.settings.reading_validation_mode = config.IGNORE
+config.settings.writing_validation_mode = config.IGNORE
 
 _UID = re.compile(r"[0-9]{1,64}(\.[0-9]{1,64})+")
 _WANTED = {

@@ -103,7 +103,7 @@ class Part:
         self._spool = spool
         self._digest = hashlib.sha256(arriving.transfer_syntax.encode() + b"\0")
         self._asked = 0
-        spool.ask_room(0)
+        spool.ask_quota(0)
         try:
             self.file = self.path.open("xb", buffering=1024 * 1024)
             _write_preamble(self.file, arriving)
@@ -123,9 +123,10 @@ class Part:
         self.length += len(data)
         self._digest.update(data)
         try:
+            self._spool.ask_quota(self.length)
             if self.length >= self._asked:
                 self._asked = self.length + _CHECK_EVERY_BYTES
-                self._spool.ask_room(self._asked)
+                self._spool.ask_disk(_CHECK_EVERY_BYTES + len(data))
             self.file.write(data)
         except OSError as exc:
             self.discard()
@@ -237,15 +238,18 @@ class Spool:
             stored = self._index.execute("SELECT COUNT(*), COALESCE(SUM(conflict), 0) FROM objects").fetchone()
         return counts | {"stored": int(stored[0]), "in_conflict": int(stored[1])}
 
-    def ask_room(self, length: int) -> None:
-        """Returns when an object of `length` bytes so far may be written; RoomError otherwise."""
-        if length > self._object_limit_bytes + _CHECK_EVERY_BYTES:
+    def ask_quota(self, length: int) -> None:
+        """Returns when an object may have `length` bytes so far; RoomError otherwise."""
+        if length > self._object_limit_bytes:
             raise RoomError(f"An object may have {self._object_limit_bytes} bytes.")
         if self._used_bytes + length > self._limit_bytes:
             raise RoomError(
                 f"The spool holds {self._used_bytes} bytes of {self._limit_bytes}.",
                 cure="Raise room.spool_limit_bytes or free the spool.",
             )
+
+    def ask_disk(self, length: int) -> None:
+        """Returns when the disk has room for `length` more bytes; RoomError otherwise."""
         if shutil.disk_usage(self.folder).free < length + _FREE_RESERVE_BYTES:
             raise RoomError("The spool's disk is full.", cure="Free disk space.")
 
@@ -288,7 +292,7 @@ class Spool:
         ):
             if has and has != said:
                 raise RefusedError(Outcome.MISMATCH, f"The command says {said}, the data set {has}.")
-        self.ask_room(part.length)
+        self.ask_quota(part.length)  # again: others may have filled the quota while this one arrived
         os.fsync(part.file.fileno())
         name = f"{part.digest}.dcm"
         part.path.rename(self.folder / name)

@@ -159,17 +159,18 @@ def counts(results: Path) -> Counts:
     with _reading(results) as db:
         if db is None:
             return Counts(0, 0, 0, 0, "")
-        records = [
-            _ANSWER.decode(row["record"])
-            for row in db.execute("SELECT record FROM answers WHERE latest = 1 AND head = ''")
-        ]
-        answers = int(db.execute("SELECT COUNT(*) FROM answers WHERE latest = 1").fetchone()[0])
-        quarantined = int(db.execute("SELECT COUNT(*) FROM quarantine").fetchone()[0])
-        waiting = int(db.execute("SELECT COUNT(*) FROM deliveries WHERE state = 'waiting'").fetchone()[0])
+
+        def count(rows: str) -> int:
+            return int(db.execute(f"SELECT COUNT(*) FROM {rows}").fetchone()[0])  # noqa: S608 constants below
+
+        answers = count("answers WHERE latest = 1")
+        unassessed = count("answers WHERE latest = 1 AND assessed = 0")
+        quarantined = count("quarantine")
+        waiting = count("deliveries WHERE state = 'waiting'")
         oldest = db.execute(
             "SELECT last_error FROM deliveries WHERE state = 'waiting' ORDER BY next_at LIMIT 1"
         ).fetchone()
-    return Counts(answers, len(records), quarantined, waiting, oldest["last_error"] if oldest else "")
+    return Counts(answers, unassessed, quarantined, waiting, oldest["last_error"] if oldest else "")
 
 
 def _worklist_row(record: AnswerRecord, row: sqlite3.Row, said: dict[str, tuple[str, str]]) -> WorklistRow:

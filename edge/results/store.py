@@ -152,6 +152,7 @@ class Store:
             "series": record.series,
             "head": record.head,
             "inputs": inputs,
+            "assessed": int(record.assessed),
             "answered_at": record.answered_at,
             "documents": "",
             "record": _ENCODER.encode(record),

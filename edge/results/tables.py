@@ -63,6 +63,7 @@ CREATE TABLE IF NOT EXISTS answers (
     latest INTEGER NOT NULL,        -- 1 for the highest version
     study TEXT NOT NULL, series TEXT NOT NULL, head TEXT NOT NULL,
     inputs TEXT NOT NULL,           -- digest over all that went in: the same inputs give no new version
+    assessed INTEGER NOT NULL,      -- 0: "not assessed"
     answered_at REAL NOT NULL,
     documents TEXT NOT NULL,        -- '' to be built, built, or why they could not be
     display BLOB,                   -- PNG of the image for the page, made with the documents

@@ -1,0 +1,195 @@
+"""The spool's promise: what it said it stored is on the disk, whole, once; what it refused left nothing."""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+from pathlib import Path
+
+import pydicom
+import pytest
+
+from edge.intake import spool as spool_module
+from edge.intake.head import CutError, read_head, valid_uid
+from edge.intake.spool import Arriving, RefusedError, Spool
+from edge.intake.status import KEPT, STATUS, Outcome
+from shared.errors import RoomError, StateError
+from tests.simulators.modality import EXPLICIT, encoded, phantom_study
+from tests.simulators.node import make_spool
+
+ITEM = phantom_study("chest-xray", 0, seed=1)[0]
+DATA = encoded(ITEM)
+
+
+def arriving(instance: str = str(ITEM.SOPInstanceUID), **changes: str) -> Arriving:
+    return Arriving(
+        **{"sop_class": str(ITEM.SOPClassUID), "sop_instance": instance, "transfer_syntax": EXPLICIT, **changes}
+    )
+
+
+def files(spool: Spool) -> list[str]:
+    return sorted(path.name for path in spool.folder.iterdir())
+
+
+def rows(tmp_path: Path) -> list[sqlite3.Row]:
+    database = sqlite3.connect(tmp_path / "intake.sqlite")
+    database.row_factory = sqlite3.Row
+    found = database.execute("SELECT * FROM objects ORDER BY id").fetchall()
+    database.close()
+    return found
+
+
+def test_a_stored_object_is_a_dicom_file_with_the_bytes_received(tmp_path: Path) -> None:
+    spool = make_spool(tmp_path)
+    assert spool.store(arriving(calling_ae="CT1"), [DATA[:1000], DATA[1000:]]) is Outcome.STORED
+    (row,) = rows(tmp_path)
+    stored = (spool.folder / row["file"]).read_bytes()
+    assert stored[row["offset"] :] == DATA
+    assert row["length"] == len(DATA)
+    assert (row["study"], row["series"], row["modality"]) == (ITEM.StudyInstanceUID, ITEM.SeriesInstanceUID, "DX")
+    read = pydicom.dcmread(spool.folder / row["file"])
+    assert read.file_meta.SourceApplicationEntityTitle == "CT1"
+    assert read.SOPInstanceUID == ITEM.SOPInstanceUID
+
+
+def test_the_same_bytes_again_are_one_object(tmp_path: Path) -> None:
+    spool = make_spool(tmp_path)
+    spool.store(arriving(), [DATA])
+    assert spool.store(arriving(), [DATA]) is Outcome.DUPLICATE
+    assert len(files(spool)) == len(rows(tmp_path)) == 1
+    assert spool.counts() == {"duplicate": 1, "stored": 1, "in_conflict": 0}
+
+
+def test_other_bytes_under_the_same_uid_are_kept_beside_and_both_are_flagged(tmp_path: Path) -> None:
+    spool = make_spool(tmp_path)
+    spool.store(arriving(), [DATA])
+    other = phantom_study("chest-xray", 0, seed=1)[0]
+    other.PatientComments = "other bytes"
+    assert spool.store(arriving(), [encoded(other)]) is Outcome.CONFLICT
+    assert len(files(spool)) == 2
+    assert [row["conflict"] for row in rows(tmp_path)] == [1, 1]
+
+
+@pytest.mark.parametrize("kept", [1, 7, 100, 5000, len(DATA) // 2, len(DATA) - 2, len(DATA) - 1])
+def test_attack_a_cut_data_set_is_refused_and_leaves_nothing(tmp_path: Path, kept: int) -> None:
+    spool = make_spool(tmp_path)
+    with pytest.raises(RefusedError) as refused:
+        spool.store(arriving(), [DATA[:kept]])
+    assert refused.value.outcome is Outcome.CUT
+    assert files(spool) == []
+    assert rows(tmp_path) == []
+
+
+def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="empty"):
+        make_spool(tmp_path).store(arriving(), [])
+
+
+@pytest.mark.parametrize("change", [{"sop_instance": "1.2.3.4"}, {"sop_class": "1.2.840.10008.5.1.4.1.1.2"}])
+def test_attack_a_command_that_contradicts_its_data_set_is_refused(tmp_path: Path, change: dict[str, str]) -> None:
+    spool = make_spool(tmp_path)
+    values = {"sop_class": str(ITEM.SOPClassUID), "sop_instance": str(ITEM.SOPInstanceUID), **change}
+    with pytest.raises(RefusedError) as refused:
+        spool.store(Arriving(**values, transfer_syntax=EXPLICIT), [DATA])
+    assert refused.value.outcome is Outcome.MISMATCH
+    assert files(spool) == []
+
+
+@pytest.mark.parametrize("uid", ["", "1", "../../etc/passwd", "1.2.3/4", "1." + "2" * 64, "1.2\x00.3", "1..2"])
+def test_attack_a_path_for_a_uid_is_refused(tmp_path: Path, uid: str) -> None:
+    spool = make_spool(tmp_path)
+    with pytest.raises(RefusedError) as refused:
+        spool.store(arriving(uid), [DATA])
+    assert refused.value.outcome is Outcome.BAD_UID
+    assert files(spool) == []
+    assert not valid_uid(uid)
+
+
+def test_the_quota_refuses_before_anything_is_left_half(tmp_path: Path) -> None:
+    spool = make_spool(tmp_path, limit_bytes=len(DATA) + 5000)
+    spool.store(arriving(), [DATA])
+    other = phantom_study("chest-xray", 0, seed=2)[0]
+    with pytest.raises(RoomError):
+        spool.store(arriving(str(other.SOPInstanceUID)), [encoded(other)])
+    assert len(files(spool)) == 1
+    make_spool(tmp_path)  # and the index agrees
+
+
+def test_a_disk_that_fills_while_the_object_arrives_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = make_spool(tmp_path)
+
+    def full(_file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(spool_module.os, "fsync", full)
+    with pytest.raises(RoomError):
+        spool.store(arriving(), [DATA])
+    assert files(spool) == []
+
+
+def test_an_index_that_fails_is_no_success(tmp_path: Path) -> None:
+    spool = make_spool(tmp_path)
+    spool._index.execute("DROP TABLE objects")
+    with pytest.raises((StateError, sqlite3.Error)):
+        spool.store(arriving(), [DATA])
+
+
+def test_a_power_cut_between_rename_and_index_is_healed_at_the_start(tmp_path: Path) -> None:
+    spool = make_spool(tmp_path)
+    spool.store(arriving(calling_ae="CT1"), [DATA])
+    spool.close()
+    before = dict(rows(tmp_path)[0])
+    with sqlite3.connect(tmp_path / "intake.sqlite") as database:
+        database.execute("DELETE FROM objects")
+    (tmp_path / "spool" / ".0123.part").write_bytes(b"half")
+    again = make_spool(tmp_path)
+    after = dict(rows(tmp_path)[0])
+    for name in ("id", "received_at", "stored_at"):
+        before.pop(name), after.pop(name)
+    assert after == before
+    assert files(again) == [before["file"]]
+    assert again.store(arriving(), [DATA]) is Outcome.DUPLICATE
+
+
+def test_a_lost_index_is_rebuilt_from_the_folder(tmp_path: Path) -> None:
+    spool = make_spool(tmp_path)
+    for seed in range(3):
+        item = phantom_study("chest-xray", 0, seed=seed)[0]
+        spool.store(arriving(str(item.SOPInstanceUID)), [encoded(item)])
+    spool.close()
+    for path in tmp_path.glob("intake.sqlite*"):
+        path.unlink()
+    (tmp_path / "spool" / "stranger.dcm").write_bytes(b"not ours")
+    make_spool(tmp_path)
+    assert len(rows(tmp_path)) == 3
+
+
+def test_a_newer_schema_is_not_touched(tmp_path: Path) -> None:
+    make_spool(tmp_path).close()
+    with sqlite3.connect(tmp_path / "intake.sqlite") as database:
+        database.execute("PRAGMA user_version=99")
+    with pytest.raises(StateError, match="schema 99"):
+        make_spool(tmp_path)
+
+
+def test_every_outcome_has_one_status_and_only_what_is_kept_is_a_success() -> None:
+    assert set(STATUS) == set(Outcome)
+    assert {outcome for outcome, status in STATUS.items() if status == 0x0000} == KEPT
+    assert STATUS[Outcome.NO_ROOM] == 0xA700
+
+
+def test_attack_a_deflate_bomb_is_kept_as_bytes_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import zlib
+
+    monkeypatch.setattr("edge.intake.head.INFLATED_LIMIT_BYTES", 1_000_000)
+    deflater = zlib.compressobj(9, zlib.DEFLATED, -15)
+    bomb = deflater.compress(DATA[:1000] + b"\0" * 5_000_000) + deflater.flush()
+    path = tmp_path / "bomb"
+    path.write_bytes(bomb)
+    assert "inflates to more" in read_head(path, 0, "1.2.840.10008.1.2.1.99").fault
+    path.write_bytes(bomb[:-20])
+    monkeypatch.setattr("edge.intake.head.INFLATED_LIMIT_BYTES", 100_000_000)
+    with pytest.raises(CutError):
+        read_head(path, 0, "1.2.840.10008.1.2.1.99")
