@@ -11,11 +11,11 @@ Nothing here reads a clock, a database or a message: `shell.Rounds` does, in one
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
-from types import MappingProxyType
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
@@ -116,7 +116,7 @@ class Facts:
     failed: str = ""
     answered: int = 0
     useful: int = 0
-    sites: Mapping[str, Sequence[HeadJudgement]] = MappingProxyType({})
+    sites: Mapping[str, Sequence[HeadJudgement]] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)

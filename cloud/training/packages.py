@@ -1,4 +1,4 @@
-"""Packages in the object store: the object named by a package's digest is its manifest, which names the rest."""
+"""Packages in the object store: a package's digest names its manifest, the manifest names the rest."""
 
 from __future__ import annotations
 
