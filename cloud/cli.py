@@ -189,8 +189,9 @@ def backup(
     """Writes the keys, the registry and the database into one encrypted FILE."""
     from cloud.access.backup import write_backup
 
-    count = write_backup(Cloud(load_config(config)).backup_sources(), file, passphrase_file)
-    out.print(f"{count} files in {file}.")
+    cloud = Cloud(load_config(config))
+    count = write_backup(cloud.config.state, cloud.engine, file, passphrase_file)
+    out.print(f"{count} files and tables in {file}.")
 
 
 @app.command()
@@ -202,9 +203,9 @@ def restore(
     """Puts a backup into an empty state folder."""
     from cloud.access.backup import read_backup
 
-    cloud = Cloud(load_config(config))
-    count = read_backup(file, passphrase_file, cloud.config.state, cloud.config.database.url)
-    out.print(f"{count} files restored to {cloud.config.state}.")
+    settings = load_config(config)
+    count = read_backup(file, passphrase_file, settings.state, settings.database.url)
+    out.print(f"{count} files and tables restored to {settings.state}.")
 
 
 @audit_app.command("verify")

@@ -20,7 +20,7 @@ from typing import cast
 from edge.config import EdgeConfig
 from edge.enrolment import read_identity
 from edge.nudge import Ear, nudge
-from edge.report import node_report
+from edge.report import degraded_reason, link_state, node_report
 from edge.slots.journal import Journal
 from edge.slots.swap import install_baseline
 from edge.web.labels import FIRST_ADMINISTRATOR, Labels
@@ -79,6 +79,12 @@ def web_url(config: EdgeConfig) -> str:
     return f"{scheme}://{config.web.host}:{ports(config)['web']}"
 
 
+def node_name(state: Path) -> str:
+    """Returns `<site>/<node>`; empty before the node was enrolled."""
+    node = read_identity(state)
+    return f"{node.site}/{node.node}" if node else ""
+
+
 def run_intake(config: EdgeConfig, stop: threading.Event) -> None:
     """Runs the DICOM door until `stop`."""
     from edge.intake.door import Door, Peer
@@ -108,7 +114,7 @@ def run_uplink(config: EdgeConfig, stop: threading.Event) -> None:
 
     ear = Ear(config.run_folder / "uplink.sock")
     node = read_identity(config.state)
-    announce(config.run_folder, "uplink", node=f"{node.site}/{node.node}" if node else "not enrolled")
+    announce(config.run_folder, "uplink", node=node_name(config.state) or "not enrolled")
     while node is None:
         if stop.is_set():
             return
@@ -188,6 +194,9 @@ def run_web(config: EdgeConfig, stop: threading.Event) -> None:
         labels,
         labelled=lambda: nudge(config.run_folder / "pipeline.sock"),
         report=lambda: node_report(state, journal.reports(), clock_trusted=True),
+        link=lambda: link_state(state),
+        degraded=lambda: degraded_reason(state),
+        site=lambda: node_name(state),
     )
     listener = Listener(web_app(studies, labels, clock), web.host, ports(config)["web"], web.certificate, web.key)
     serve([listener], stop, lambda: announce(config.run_folder, "web", url=web_url(config)))

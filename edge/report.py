@@ -37,6 +37,18 @@ def node_report(state: Path, slots: list[SlotReport], *, clock_trusted: bool) ->
     )
 
 
+def link_state(state: Path) -> str:
+    """Returns `connected`, or why the link to the cloud is not; empty before the uplink said anything."""
+    rows = _rows(state / "outbox.sqlite", "SELECT value FROM facts WHERE name = 'link'")
+    return next((str(row["value"]) for row in rows), "")
+
+
+def degraded_reason(state: Path) -> str:
+    """Returns why the serving process runs slower or less exactly than it could; empty when it does not."""
+    rows = _rows(state / "results.sqlite", "SELECT * FROM serving")
+    return next((str(row.get("degraded", "")) for row in rows), "")
+
+
 def _count(path: Path, question: str) -> int:
     return next((int(row["n"]) for row in _rows(path, question)), 0)
 

@@ -27,7 +27,7 @@ _HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
 )
-_SHUTDOWN_S = 5
+_SHUTDOWN_S = 1
 _START_S = 20.0
 
 

@@ -1,12 +1,17 @@
-"""The reading page's application: pages, the JSON interface, and one answer for every refusal."""
+"""The reading page's application: pages, the JSON interface, files, and one answer for every refusal."""
 
 from __future__ import annotations
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from pathlib import Path
 
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, RedirectResponse, Response
+from starlette.staticfiles import StaticFiles
+
+import shared.pages
 from edge.web.api import api_router
 from edge.web.labels import Labels
+from edge.web.pages import Pages, page_router
 from edge.web.session import Gatekeeper, SignInNeededError
 from edge.web.studies import NoSuchAnswerError, Studies
 from shared.clock import Clock
@@ -14,19 +19,31 @@ from shared.errors import RadfleetError
 from shared.log import get_logger
 from shared.serve import SecurityHeaders, status_of
 
+STATIC = Path(__file__).parent / "static"
+
 
 def web_app(studies: Studies, labels: Labels, clock: Clock) -> SecurityHeaders:
     """Returns the application of the reading page."""
     app = FastAPI(openapi_url=None)
-    keeper = Gatekeeper(labels, clock)
+    keeper, pages = Gatekeeper(labels, clock), Pages(studies)
     app.include_router(api_router(studies, labels, keeper))
+    app.include_router(page_router(studies, labels, keeper, pages))
+    app.mount("/static", StaticFiles(directory=shared.pages.FOLDER))
+    app.mount("/reading", StaticFiles(directory=STATIC))
 
     @app.exception_handler(RadfleetError)
     async def refuse(request: Request, exc: RadfleetError) -> Response:
-        if isinstance(exc, SignInNeededError):
-            return JSONResponse({"error": exc.message, "cure": exc.cure}, 401)
-        get_logger().warning("web.refused", reason=exc.message)
+        if not isinstance(exc, SignInNeededError):
+            get_logger().warning("web.refused", reason=exc.message)
         status = 404 if isinstance(exc, NoSuchAnswerError) else status_of(exc)
-        return JSONResponse({"error": exc.message, "cure": exc.cure}, status)
+        if request.url.path.startswith("/api/"):
+            status = 401 if isinstance(exc, SignInNeededError) else status
+            return JSONResponse({"error": exc.message, "cure": exc.cure}, status)
+        if isinstance(exc, SignInNeededError):
+            # htmx would put the login page into the middle of this one: it is told to go there instead.
+            if "hx-request" in request.headers:
+                return Response(headers={"HX-Redirect": "/login"})
+            return RedirectResponse("/login", 303)
+        return pages.show("refused.html", status=status, message=exc.message, cure=exc.cure)
 
     return SecurityHeaders(app)

@@ -20,12 +20,19 @@ class NoSuchAnswerError(PeerError):
 
 @dataclass(frozen=True)
 class Studies:
-    """The page's view of the node. `labelled` wakes the pipeline, `report` is what the cloud hears too."""
+    """The page's view of the node.
+
+    `labelled` wakes the pipeline, `report` is what the cloud hears too, `link` and `degraded` are as in
+    `edge.report`, `site` names the node, empty before it was enrolled.
+    """
 
     results: Path
     labels: Labels
     labelled: Callable[[], None]
     report: Callable[[], NodeReport]
+    link: Callable[[], str]
+    degraded: Callable[[], str]
+    site: Callable[[], str]
 
     def worklist(self) -> list[WorklistRow]:
         """Returns the newest answers, newest first."""
