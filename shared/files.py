@@ -69,7 +69,7 @@ def read_limited(path: Path, limit_bytes: int) -> bytes:
             length = os.fstat(file.fileno()).st_size
             if length > limit_bytes:
                 raise PeerError(f"{path.name} has {length} bytes, the limit is {limit_bytes}.")
-            return file.read(limit_bytes)
+            return file.read(length)  # not the limit: a buffer of that size would be allocated
     except OSError as exc:
         raise StateError(f"Cannot read {path}: {exc}.") from exc
 

@@ -133,6 +133,7 @@ def _real() -> list[Path]:
 
 
 @needs_data
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom warns of what it puts right
 def test_real_objects_of_every_transfer_syntax_are_stored_bit_for_bit(room: Room) -> None:
     accepted = {str(context.abstract_syntax) for context in _contexts()}
     syntaxes, refused = set(), []
@@ -157,6 +158,7 @@ def test_real_objects_of_every_transfer_syntax_are_stored_bit_for_bit(room: Room
 
 
 @needs_data
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom warns of what it puts right
 def test_storescu_delivers_compressed_objects_untouched(room: Room) -> None:
     options = {"4.50": "-xy", "4.70": "-xs", "4.80": "-xt", "4.90": "-xv", "5": "-xr"}
     wanted = {f"1.2.840.10008.1.2.{tail}": option for tail, option in options.items()}
@@ -243,6 +245,7 @@ def test_attack_silent_connections_do_not_stop_others(room: Room) -> None:
 
 
 @needs_data
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom warns of what it puts right
 def test_attack_hostile_data_sets_get_one_answer_each_and_the_association_survives(room: Room) -> None:
     syntaxes = ["1.2.840.10008.1.2", EXPLICIT, "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"]
     sop_class = "1.2.840.10008.5.1.4.1.1.7"
