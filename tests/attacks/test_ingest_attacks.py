@@ -148,6 +148,7 @@ def test_attack_chunks_that_do_not_add_up(bench: Bench, node: Node) -> None:
         bench.up.push(topics.up(node.identity, "update"), pack(whole, index, bytes(whole.length(index))))
     (receipt,) = bench.receipts()
     assert (receipt.verdict, bench.true_on_disk()) == ("refused", REFUSED)
+    assert "add up" in receipt.reason
 
 
 @pytest.mark.parametrize(
