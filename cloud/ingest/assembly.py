@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from datetime import datetime
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
 from cloud.ingest.tables import chunks, transfers
 from shared.errors import TrustError
@@ -64,12 +64,8 @@ def _key(identity: Identity, whole: Whole) -> dict[str, str]:
     return {"site": identity.site, "node": identity.node, "digest": whole.digest.hex()}
 
 
-def _chunks_of(identity: Identity, whole: Whole):  # type: ignore[no-untyped-def]  # a column expression
-    return (
-        (chunks.c.site == identity.site)
-        & (chunks.c.node == identity.node)
-        & (chunks.c.digest == whole.digest.hex())
-    )
+def _chunks_of(identity: Identity, whole: Whole) -> ColumnElement[bool]:
+    return (chunks.c.site == identity.site) & (chunks.c.node == identity.node) & (chunks.c.digest == whole.digest.hex())
 
 
 def _held(conn: Connection, identity: Identity, whole: Whole) -> set[int]:

@@ -107,9 +107,7 @@ class Broker:
             properties.SessionExpiryInterval = SESSION_S
             properties.ReceiveMaximum = INFLIGHT
             try:
-                client.connect(
-                    *self._address, keepalive=KEEPALIVE_S, clean_start=False, properties=properties
-                )
+                client.connect(*self._address, keepalive=KEEPALIVE_S, clean_start=False, properties=properties)
                 self._client = client
                 # paho's own thread, not loop_forever in ours: without it paho lets publish() write to the TLS
                 # socket from the caller's thread while this one reads, and the broker sees "bad record mac".

@@ -73,9 +73,7 @@ class Opener:
         for device in live:
             agree(certificate=device.identity, topic=topic.identity, header=header.identity)
         if header.stage != topic.stage or header.id != whole.id:
-            raise TrustError(
-                "The sealed header is of another stage or message than its topic and chunks say."
-            )
+            raise TrustError("The sealed header is of another stage or message than its topic and chunks say.")
         return open_sealed(sealed, self.recipients, [device.key for device in live], observe=self.observe)
 
 
@@ -185,11 +183,7 @@ class Worker:
         ).scalar_one_or_none()
         if accepted is not None:
             return Receipt(accepted, "duplicate", "", b"")
-        this = (
-            (refusals.c.site == identity.site)
-            & (refusals.c.node == identity.node)
-            & (refusals.c.digest == digest)
-        )
+        this = (refusals.c.site == identity.site) & (refusals.c.node == identity.node) & (refusals.c.digest == digest)
         refused = conn.execute(select(refusals.c.id, refusals.c.reason).where(this)).first()
         if refused is None:
             return None
@@ -231,9 +225,7 @@ class Worker:
             )
         )
 
-    def _refuse(
-        self, conn: Connection, topic: Topic, whole: Whole, exc: RadfleetError, now: datetime
-    ) -> Receipt:
+    def _refuse(self, conn: Connection, topic: Topic, whole: Whole, exc: RadfleetError, now: datetime) -> Receipt:
         """Records why, so that the same bytes are answered at once the next time."""
         identity, reason = topic.identity, exc.message[:1000]
         conn.execute(

@@ -170,9 +170,7 @@ class MqttLink:
         return why[0]
 
     def _listen(self, client: mqtt.Client, why: list[str], gone: threading.Event) -> None:
-        def on_connect(
-            _client: mqtt.Client, _data: object, _flags: object, code: ReasonCode, _more: object
-        ) -> None:
+        def on_connect(_client: mqtt.Client, _data: object, _flags: object, code: ReasonCode, _more: object) -> None:
             if code.is_failure:
                 why[0] = f"the broker refuses the connection: {code}"
                 client.disconnect()
@@ -190,16 +188,12 @@ class MqttLink:
                 self._up = True
                 self._deliver(Connected())
 
-        def on_disconnect(
-            _client: mqtt.Client, _data: object, _flags: object, code: ReasonCode, _more: object
-        ) -> None:
+        def on_disconnect(_client: mqtt.Client, _data: object, _flags: object, code: ReasonCode, _more: object) -> None:
             if code.is_failure:
                 why[0] = f"the broker closed the connection: {code}"
             gone.set()
 
-        def on_publish(
-            _client: mqtt.Client, _data: object, mid: int, code: ReasonCode, _more: object
-        ) -> None:
+        def on_publish(_client: mqtt.Client, _data: object, mid: int, code: ReasonCode, _more: object) -> None:
             self._deliver(Denied(mid, str(code)) if code.is_failure else Taken(mid))
 
         def on_message(_client: mqtt.Client, _data: object, message: mqtt.MQTTMessage) -> None:

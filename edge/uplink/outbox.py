@@ -185,9 +185,7 @@ class Outbox:
     def trouble(self, message_id: str, reason: str) -> None:
         """Notes why a waiting message does not get through; it keeps waiting."""
         with transaction(self._db) as db:
-            db.execute(
-                "UPDATE messages SET reason = ? WHERE id = ? AND state = 'waiting'", (reason, message_id)
-            )
+            db.execute("UPDATE messages SET reason = ? WHERE id = ? AND state = 'waiting'", (reason, message_id))
 
     def end(self, message_id: str, state: End, reason: str = "") -> bool:
         """Ends a message; False when it has ended before or is unknown, and nothing changes."""

@@ -185,9 +185,7 @@ class Uplink:
         self._put(cast(UpStage, stage), name, data, getattr(record, "round", ""))
 
     def _put(self, stage: UpStage, name: str, data: bytes, round_id: str) -> None:
-        self._outbox.put(
-            stage, name, data, lambda sequence: self._sealer.seal(stage, round_id, data, sequence)
-        )
+        self._outbox.put(stage, name, data, lambda sequence: self._sealer.seal(stage, round_id, data, sequence))
 
     def _may_send_features(self) -> bool:
         wanted = self._keeper.current
@@ -245,9 +243,7 @@ class Uplink:
             sending.begun = True
         data = self._outbox.body(row.sequence, index * DATA_BYTES, row.whole.length(index))
         try:
-            token = self._link.publish(
-                topics.up(self._sealer.identity, row.stage), pack(row.whole, index, data)
-            )
+            token = self._link.publish(topics.up(self._sealer.identity, row.stage), pack(row.whole, index, data))
         except LinkError:
             return False
         sending.todo.popleft()

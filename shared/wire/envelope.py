@@ -59,10 +59,8 @@ class Header(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     id: MessageId
     sequence: Sequence64  # 1, 2, 3 ... within an incarnation, never used twice
     round: Annotated[str, Meta(pattern="^[0-9A-Za-z._-]{0,64}$")]  # empty outside rounds
-    key_id: Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]  # of the recipient's key: see `key_id_of`
-    created: Annotated[
-        int, Meta(ge=0, le=2**53)
-    ]  # the node's clock, milliseconds since 1970; information only
+    key_id: Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]  # of the recipient's key: SealPublic.key_id
+    created: Annotated[int, Meta(ge=0, le=2**53)]  # the node's clock, milliseconds since 1970; information only
 
     @property
     def identity(self) -> Identity:
@@ -108,17 +106,12 @@ class SealPrivate:
         x25519 = X25519PrivateKey.from_private_bytes(raw[_MLKEM_SEED_BYTES:])
         self.key = MLKEM768X25519PrivateKey(mlkem, x25519)
         self.raw = raw
-        self.public = SealPublic(
-            mlkem.public_key().public_bytes_raw() + x25519.public_key().public_bytes_raw()
-        )
+        self.public = SealPublic(mlkem.public_key().public_bytes_raw() + x25519.public_key().public_bytes_raw())
 
     @classmethod
     def generate(cls) -> SealPrivate:
         """Returns a new key from the system's randomness."""
-        return cls(
-            MLKEM768PrivateKey.generate().private_bytes_raw()
-            + X25519PrivateKey.generate().private_bytes_raw()
-        )
+        return cls(MLKEM768PrivateKey.generate().private_bytes_raw() + X25519PrivateKey.generate().private_bytes_raw())
 
 
 def seal(
@@ -140,9 +133,7 @@ def seal(
     if observe is not None:
         observe(header, record)
     named = msgspec.msgpack.encode(header)
-    body = _SUITE.encrypt(
-        zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(record), recipient.key, info=named
-    )
+    body = _SUITE.encrypt(zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(record), recipient.key, info=named)
     signed = b"".join((_MAGIC, struct.pack(">H", len(named)), named, struct.pack(">I", len(body)), body))
     sealed = signed + device.sign(_SIGNED + signed)
     if len(sealed) > stage.sealed_limit:
@@ -206,9 +197,7 @@ def _split(sealed: bytes) -> tuple[Header, bytes, bytes]:
     limit = stage_named(header.stage).sealed_limit
     (body_length,) = struct.unpack_from(">I", sealed, 6 + header_length)
     if start + body_length + _SIGNATURE_BYTES > limit:
-        raise PeerError(
-            f"A sealed {header.stage} that claims a body of {body_length} bytes; the limit is {limit}."
-        )
+        raise PeerError(f"A sealed {header.stage} that claims a body of {body_length} bytes; the limit is {limit}.")
     if len(sealed) != start + body_length + _SIGNATURE_BYTES:
         raise PeerError("The sealed message has another length than it claims.")
     return header, named, sealed[start : start + body_length]

@@ -28,9 +28,7 @@ class Identity:
     def __post_init__(self) -> None:
         for part in (self.site, self.node):
             if NAME.fullmatch(part) is None:
-                raise PeerError(
-                    f"{part[:40]!r} is not a site or node name.", cure="Use a-z, 0-9 and hyphens."
-                )
+                raise PeerError(f"{part[:40]!r} is not a site or node name.", cure="Use a-z, 0-9 and hyphens.")
 
     @property
     def common_name(self) -> str:

@@ -25,9 +25,7 @@ def sign(payload: bytes, key: Ed25519PrivateKey, stage: DownStage) -> bytes:
         PeerError: the document is longer than its stage allows.
     """
     if len(payload) + _SIGNATURE_BYTES > LIMIT_BYTES[stage]:
-        raise PeerError(
-            f"A {stage} of {len(payload)} bytes; the limit is {LIMIT_BYTES[stage] - _SIGNATURE_BYTES}."
-        )
+        raise PeerError(f"A {stage} of {len(payload)} bytes; the limit is {LIMIT_BYTES[stage] - _SIGNATURE_BYTES}.")
     return key.sign(_signed(stage) + payload) + payload
 
 
