@@ -153,7 +153,20 @@ class Swapper:
         clock: Clock,
         policy: Policy | None = None,
     ) -> None:
-        """`load` and `prove` raise RadfleetError when a package cannot run here or does not reproduce its outputs."""
+        """Loads what is committed, or the newest before it that can be.
+
+        Args:
+            models: the state folder's models/.
+            journal: slots.sqlite; unfinished business of the process before is settled here.
+            load: parses a model file only after comparing it with the manifest; RadfleetError when it cannot serve.
+            prove: RadfleetError when the engine does not reproduce the golden outputs.
+            record: is told at every change what this process serves.
+            clock: only its monotonic seconds are used.
+            policy: how long to watch.
+
+        Raises:
+            StateError: no committed model can be loaded; `install_baseline` brings the shipped one back.
+        """
         self._models = models
         self._journal = journal
         self._load = load
@@ -245,12 +258,9 @@ class Swapper:
         raise StateError("This node has no model that it can serve.", cure="radfleet-edge init")
 
     def _open(self, digest: str) -> Loaded:
-        """Loads and proves a package: its files, the bytes in the session, and the outputs it computes here."""
+        """Loads and proves a package: its manifest, the bytes in the session, and the outputs it computes here."""
         folder = self._models / digest
         manifest = verify_package(folder, digest, names=[])
-        present = [v.file for v in manifest.variants if (folder / v.file).exists()]
-        # Before a native parser sees them; what it then holds is compared once more below.
-        verify_package(folder, digest, names=[manifest.golden, *present])
         engine = self._load(folder, manifest)
         named = manifest.file(manifest.variant(engine.variant).file).sha256
         if engine.digest != named:

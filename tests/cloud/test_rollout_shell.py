@@ -12,13 +12,15 @@ from sqlalchemy import Connection, Engine, insert, select
 from cloud.access.reports import take_report
 from cloud.access.tables import nodes as inventory
 from cloud.ingest.desired import DesiredStates
-from cloud.rollout.plan import Halt, Policy, Recall
+from cloud.rollout.plan import Halt, Hold, Policy, Recall
 from cloud.rollout.shell import Rollouts
 from cloud.rollout.tables import rollouts
 from cloud.store import open_engine, upgrade
 from shared.errors import PeerError
+from shared.files import sha256_hex
 from shared.wire.envelope import Header
 from shared.wire.records import NodeReport
+from tests.simulators.package import MODEL
 from tests.simulators.release import CloudSide, HandClock, NodeSide
 
 NAMES = [("a", "n1"), ("b", "n1"), ("c", "n1")]
@@ -159,6 +161,24 @@ def test_a_silent_node_halts_the_rollout(fleet: Fleet) -> None:
     fleet.silent.clear()
     fleet.run(4)
     assert fleet.serving() == [1, 1, 1]  # the order was taken back
+
+
+def test_an_old_refusal_does_not_halt_a_second_try(fleet: Fleet) -> None:
+    """A blob is damaged in the store; it is repaired and the release goes out again under the same number."""
+    fleet.cloud.release(2)
+    blob = fleet.cloud.blobs.folder / sha256_hex((fleet.cloud.packages / "2" / MODEL).read_bytes())
+    blob.write_bytes(b"damaged")
+    fleet.start(2)
+    fleet.run(4)
+    assert fleet.state() == ("halted", "a/n1: REFUSED")
+    fleet.run(1)  # the node hears that the order was taken back
+    blob.write_bytes((fleet.cloud.packages / "2" / MODEL).read_bytes())
+    fleet.start(2)
+    with fleet.engine.begin() as conn:
+        fleet.rollouts.step(conn)
+        assert isinstance(fleet.rollouts.step(conn), Hold)  # its last report is still about the first try
+    fleet.run(20)
+    assert fleet.serving() == [2, 2, 2]
 
 
 def test_a_node_that_lies_about_its_weights_is_caught(fleet: Fleet) -> None:

@@ -337,6 +337,8 @@ class TestSwap:
         node.swapper.step()
         assert node.state_of(order.package) == "SHADOW"
         node.fetch(None)
+        assert node.swapper.step()
+        assert not node.swapper.step()  # dropped at once, and its memory with it
         for _ in range(6):
             node.swapper.step()
             node.read_study()
