@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,8 @@ def decode_frames(dataset: Dataset, head: ImageHead) -> Iterator[Frame]:
     """
     _check_size(dataset, head)
     with _translated("cannot be decoded"):
-        for index, pixels in enumerate(iter_pixels(dataset, raw=True)):
+        # More pixel data than NumberOfFrames says would give more frames: those were not counted above.
+        for index, pixels in enumerate(islice(iter_pixels(dataset, raw=True), head.frames)):
             if pixels.shape != (head.rows, head.columns):
                 raise PeerError(f"Frame {index + 1} has shape {pixels.shape}, the header says otherwise.")
             yield _frame(dataset, index, pixels)
