@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +65,9 @@ class Proof(Protocol):
         """SHA-256 of the outputs that this process computed."""
 
 
+E = TypeVar("E", bound=Engine)
+
+
 @dataclass(frozen=True)
 class Policy:
     """How long a new model is watched before it serves, and while it serves, until it is committed.
@@ -80,10 +83,10 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class Loaded(Generic[E]):
     """A package in memory, proven. `golden` is the digest of the golden outputs that this process computed."""
 
-    engine: Engine
+    engine: E
     manifest: Manifest
     digest: str
     golden: str
@@ -103,10 +106,10 @@ class ServingRecord:
 
 
 @dataclass
-class _Watch:
+class _Watch(Generic[E]):
     """The candidate of this process while it is SHADOW or PROVISIONAL."""
 
-    loaded: Loaded
+    loaded: Loaded[E]
     state: State
     since: float
     studies: int = 0
@@ -139,7 +142,7 @@ def install_baseline(models: Path, journal: Journal, package: Path) -> str:
     return digest
 
 
-class Swapper:
+class Swapper(Generic[E]):
     """Holds the engine that serves and, during an installation, the one that will."""
 
     def __init__(
@@ -147,8 +150,8 @@ class Swapper:
         models: Path,
         journal: Journal,
         *,
-        load: Callable[[Path, Manifest], Engine],
-        prove: Callable[[Engine, Path, Manifest], Proof],
+        load: Callable[[Path, Manifest], E],
+        prove: Callable[[E, Path, Manifest], Proof],
         record: Callable[[ServingRecord], None],
         clock: Clock,
         policy: Policy | None = None,
@@ -174,13 +177,13 @@ class Swapper:
         self._record = record
         self._clock = clock
         self._policy = policy or Policy()
-        self._watch: _Watch | None = None
+        self._watch: _Watch[E] | None = None
         self._journal.recover()
         self._committed = self._load_committed()
         self._serving = self._committed
         self._announce()
 
-    def serving(self) -> tuple[Engine, Manifest, str]:
+    def serving(self) -> tuple[E, Manifest, str]:
         """Returns the engine that answers now, its manifest and the package's digest."""
         return self._serving.engine, self._serving.manifest, self._serving.digest
 
@@ -248,7 +251,7 @@ class Swapper:
         log.error("slots.rolled_back", package=watch.loaded.digest, reason=reason)
         return True
 
-    def _load_committed(self) -> Loaded:
+    def _load_committed(self) -> Loaded[E]:
         while (committed := self._journal.committed()) is not None:
             try:
                 return self._open(committed[0])
@@ -257,7 +260,7 @@ class Swapper:
                 self._journal.abandon(committed[0], exc.message)
         raise StateError("This node has no model that it can serve.", cure="radfleet-edge init")
 
-    def _open(self, digest: str) -> Loaded:
+    def _open(self, digest: str) -> Loaded[E]:
         """Loads and proves a package: its manifest, the bytes in the session, and the outputs it computes here."""
         folder = self._models / digest
         manifest = verify_package(folder, digest, names=[])
@@ -283,7 +286,7 @@ class Swapper:
         log.info("slots.shadow", package=slot.package, release=slot.release)
         return True
 
-    def _swap(self, watch: _Watch) -> None:
+    def _swap(self, watch: _Watch[E]) -> None:
         seen = f"{watch.agreed} of {watch.studies} shadow studies agree"
         try:
             self._journal.advance(watch.loaded.digest, "READY", seen)
@@ -296,12 +299,12 @@ class Swapper:
         self._announce()
         log.info("slots.provisional", package=watch.loaded.digest, shadow=watch.studies, agreed=watch.agreed)
 
-    def _refuse(self, watch: _Watch, reason: str) -> None:
+    def _refuse(self, watch: _Watch[E], reason: str) -> None:
         self._watch = None
         self._journal.refuse(watch.loaded.digest, reason, final=True)
         log.error("slots.refused", package=watch.loaded.digest, reason=reason)
 
-    def _is_over(self, watch: _Watch, studies: int, seconds: float) -> bool:
+    def _is_over(self, watch: _Watch[E], studies: int, seconds: float) -> bool:
         return watch.studies >= studies or self._clock.monotonic() - watch.since >= seconds
 
     def _answer(self, manifest: Manifest, name: str, logits: Logits) -> str:
