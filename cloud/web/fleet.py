@@ -12,6 +12,7 @@ from sqlalchemy import Connection, select
 
 from cloud.access.tables import nodes
 from cloud.registry.tables import releases
+from cloud.rollout.tables import rollouts
 from cloud.rounds.machine import Plan
 from cloud.rounds.tables import campaigns, rounds
 from shared.errors import PeerError
@@ -126,6 +127,12 @@ def list_campaigns(conn: Connection) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def newest_rollout(conn: Connection) -> dict[str, Any] | None:
+    """Returns release, state and reason of the newest rollout; None before there was one."""
+    row = conn.execute(select(rollouts).order_by(rollouts.c.id.desc()).limit(1)).first()
+    return {"release": row.release, "state": row.state, "reason": row.reason} if row else None
 
 
 def _report(kept: dict[str, Any]) -> NodeReport:

@@ -15,9 +15,9 @@ from cloud.access.authority import Authority
 from cloud.access.enrolment import device_of
 from cloud.access.est import renewal_router
 from cloud.objects import Objects
-from cloud.web.errors import refuse_as_json
+from cloud.web.errors import as_json
 from shared.clock import Clock
-from shared.errors import TrustError
+from shared.errors import RadfleetError, TrustError
 from shared.files import read_limited
 from shared.serve import SecurityHeaders
 
@@ -43,7 +43,7 @@ def node_app(
                 raise TrustError("The device certificate does not count any more.", cure="Enrol the node again.")
 
     app = FastAPI(openapi_url=None, dependencies=[Depends(enrolled)])
-    refuse_as_json(app)
+    app.add_exception_handler(RadfleetError, as_json)  # type: ignore[arg-type]  # Starlette asks for any Exception
     app.include_router(renewal_router(engine, clock, authority))
     folders = {"release": release, "director": director}
 
