@@ -14,11 +14,12 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import replace
 from pydicom.dataset import Dataset
 
 from edge.imaging.read import ImageHead, decode_frames, describe, open_object
 from edge.imaging.route import NotAssessed, route
-from edge.inference.decide import SliceOutputs, decide, pool
+from edge.inference.decide import SliceOutputs, decide, is_blank, pool
 from edge.inference.engine import Engine, Outputs
 from edge.results import compose
 from edge.results.cases import CaseStore, Confirmations, Enqueue
@@ -174,6 +175,8 @@ class Pipeline:
     ) -> None:
         logits, features = _vector(one.logits), _vector(one.features)
         decided = decide(head, logits, features)  # decide
+        if is_blank(pixels):
+            decided = replace(decided, reason="the image is blank")
         watch.lap("decide")
         record = compose.answer_record(
             answer=compose.answer_id(image.study, image.series, image.sop_instance, head.name),

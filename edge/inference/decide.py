@@ -10,6 +10,8 @@ from msgspec import Struct
 
 from shared.package.manifest import Head
 
+_BLANK_RANGE = 8  # of 255; the least contrast that can be an image
+
 Array = npt.NDArray[np.float32]
 
 
@@ -24,9 +26,7 @@ class Answer(Struct, frozen=True):
     probabilities: tuple[float, ...]
     chosen: int
     reason: str
-    distance: (
-        float  # mean squared z-score of the features; about 1 inside the training data, 0 without statistics
-    )
+    distance: float  # mean squared z-score of the features; about 1 inside the training data, 0 without statistics
 
 
 class SliceOutputs(Struct, frozen=True):
@@ -62,6 +62,11 @@ def decide(head: Head, logits: Array, features: Array) -> Answer:
         reason=reason,
         distance=distance,
     )
+
+
+def is_blank(image: npt.NDArray[np.uint8]) -> bool:
+    """Tells whether a model input, uint8 (H, W), holds no picture: an unexposed plate, a covered detector."""
+    return int(image.max()) - int(image.min()) < _BLANK_RANGE
 
 
 def pool(slices: Sequence[SliceOutputs]) -> tuple[Array, Array]:

@@ -50,8 +50,7 @@ def golden_proof(engine: Engine, folder: Path, manifest: Manifest) -> GoldenProo
     largest = float(np.abs(logits - expected).max())
     if not largest <= variant.golden_tolerance:
         raise TrustError(
-            f"The session differs from the golden outputs by {largest:.4g}, allowed is"
-            f" {variant.golden_tolerance:.4g}.",
+            f"The session differs from the golden outputs by {largest:.4g}, allowed is {variant.golden_tolerance:.4g}.",
             cure="The package or this machine's runtime is damaged: keep the previous package.",
         )
     return GoldenProof(sha256_hex(np.ascontiguousarray(logits, dtype="<f4").tobytes()), largest)
