@@ -85,7 +85,7 @@ def test_attack_other_bytes(server: NodePortServer, port: NodePort, tmp_path: Pa
     if begun:
         (tmp_path / f"{SHA}.part").write_bytes(begun)
     else:
-        server.files[f"/blobs/{SHA}"] = DATA[:-1] + b"\x00"
+        server.files[f"/blobs/{SHA}"] = DATA[:-1] + bytes([DATA[-1] ^ 1])
     with pytest.raises(TrustError, match="not the file"):
         port.download(f"/blobs/{SHA}", tmp_path / SHA, SHA, len(DATA))
     assert not list(tmp_path.glob(f"{SHA}*"))
