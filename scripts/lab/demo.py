@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -78,6 +79,7 @@ class Demo:
         with self._stage("2 read"):
             answers = self._read(learning)
             self.before = self._read(held_out)
+            self._probabilities(self.before)
             story.answers(self.console, answers, self.fleet)
         with self._stage("3 confirm"):
             self._confirm(answers)
@@ -88,6 +90,7 @@ class Demo:
         with self._stage("5 re-read"):
             again = {site: [case.again() for case in cases] for site, cases in held_out.items()}
             self.after = self._read(again)
+            self._probabilities(self.after)
         story.comparison(self.console, self.before, self.after)
         story.moved(self.console, self.fleet)
         story.wire(self.console, self.fleet)
@@ -159,6 +162,13 @@ class Demo:
                 thread.join()
         return {site: [(case, found[site][case.study]) for case in cases[site]] for site in cases}
 
+    def _probabilities(self, found: dict[str, list[tuple[Case, dict[str, Any]]]]) -> None:
+        """Adds every class's probability to each row, as the study's own page shows them."""
+        for hospital in self.fleet.hospitals:
+            for _, row in found[hospital.site]:
+                classes = hospital.page.get(f"/api/answers/{row['answer']}")["classes"]
+                row["probabilities"] = {one["name"]: one["probability"] for one in classes}
+
     def _send(self, hospital: Hospital, cases: list[Case]) -> None:
         for start in range(0, len(cases), 12):
             files = [file for case in cases[start : start + 12] for file in case.files]
@@ -175,7 +185,7 @@ class Demo:
                 corrected = 0
                 for case, row in rows:
                     hospital.page.post(f"/api/answers/{row['answer']}/label", label=case.label)
-                    corrected += case.label != row["class"]
+                    corrected += case.label != row["finding_name"]
                     self.progress.advance(task)
                 self.confirmed[hospital.site] = len(rows)
                 self.progress.update(
@@ -248,7 +258,7 @@ def main(
     state: Annotated[Path | None, typer.Option(help="Where everything is kept; default: a temporary folder.")] = None,
 ) -> None:
     """From a DICOM image to a better model running in three hospitals. Research use only, not for diagnosis."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     folder = state or Path(tempfile.mkdtemp(prefix="radfleet-demo-"))
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):

@@ -54,6 +54,10 @@ class Page:
         token = self.post("/api/login", name=name, password=self.password)["token"]
         self._http.headers["Authorization"] = f"Bearer {token}"
 
+    def answers(self) -> bool:
+        """Tells whether somebody listens at the page's address."""
+        return listens(int(self.url.rsplit(":", 1)[1]))
+
     def get(self, path: str) -> Any:
         """Returns the answer's JSON; raises httpx.HTTPStatusError for an error status."""
         return self._http.get(path).raise_for_status().json()
@@ -200,7 +204,7 @@ class Fleet:
         broker_port = free_port()
         (folder / "cloud.toml").write_text(
             f"[people]\nport = {free_port()}\n[nodes]\nport = {free_port()}\n"
-            f'[broker]\nport = {broker_port}\n[redis]\nurl = "{self.redis.url}"\n'
+            f'[broker]\nport = {broker_port}\n[redis]\nurl = "{self.redis.url}"\n[rollout]\nsoak_s = 2.0\n'
         )
         link = _link(run("radfleet-cloud", "init", folder))
         self._cloud = Cloud(folder, link, broker_port)

@@ -61,21 +61,10 @@ class Orthanc:
 
     def instances(self, **query: str) -> list[Instance]:
         """Returns the instances whose DICOM keywords match, e.g. `Modality="SR", StudyInstanceUID=...`."""
-        body = {
-            "Level": "Instance",
-            "Query": query,
-            "Expand": True,
-            "RequestedTags": [
-                "Modality",
-                "SOPClassUID",
-                "SeriesDescription",
-                "StudyInstanceUID",
-                "SOPInstanceUID",
-            ],
-        }
-        answer = httpx.post(f"http://127.0.0.1:{self.http_port}/tools/find", json=body, timeout=30)
-        answer.raise_for_status()
-        return [Instance(i["ID"], {**i["MainDicomTags"], **i.get("RequestedTags", {})}) for i in answer.json()]
+        rest = f"http://127.0.0.1:{self.http_port}"
+        answer = httpx.post(f"{rest}/tools/find", json={"Level": "Instance", "Query": query}, timeout=30)
+        ids = answer.raise_for_status().json()
+        return [Instance(i, httpx.get(f"{rest}/instances/{i}/simplified-tags", timeout=30).json()) for i in ids]
 
     def file(self, instance: Instance) -> bytes:
         """Returns the stored DICOM file."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
 from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file
@@ -32,17 +30,22 @@ def answers(console: Console, found: Mapping[str, Answered], fleet: Fleet) -> No
     for site, rows in found.items():
         for case, row in _few(rows):
             back = _returned(fleet, case.study)
-            probability = f"{row['probability']:.2f}" if row["probability"] is not None else row["reason"]
+            probability = row["reason"] or f"{row['probability']:.2f}"
             table.add_row(
-                site, case.head, case.label, row["class"] or "not assessed", probability,
-                f"{row['stored_to_answer_ms']:.0f} ms", back,
+                site, case.head, case.label, row["finding_name"] or "not assessed", probability,
+                f"{stored_to_answer_ms(row):.0f} ms", back,
             )  # fmt: skip
     console.print(table)
-    every = np.array([row["stored_to_answer_ms"] for rows in found.values() for _, row in rows])
+    every = np.array([stored_to_answer_ms(row) for rows in found.values() for _, row in rows])
     p50, p95 = np.percentile(every, [50, 95])
     console.print(
         f"{len(every)} studies answered while all arrived at once; stored to answer p50 {p50:.0f} ms, p95 {p95:.0f} ms"
     )
+
+
+def stored_to_answer_ms(row: Mapping[str, Any]) -> float:
+    """Returns the milliseconds from the last image on disk to the answer on record."""
+    return float(row["answered_at"] - row["stored_at"]) * 1000
 
 
 def tell_campaign(console: Console, row: dict[str, Any], told: set[str]) -> None:
@@ -223,10 +226,9 @@ def _returned(fleet: Fleet, study: str) -> str:
     found: list[str] = []
 
     def both() -> bool:
-        found[:] = []
-        for instance in pacs.instances(StudyInstanceUID=study):
-            ds = pydicom.dcmread(io.BytesIO(pacs.file(instance)), stop_before_pixels=True)
-            found.append(f"{ds.Modality} {ds.SOPClassUID.name.removesuffix(' Storage')}")
+        found[:] = [
+            f"{i.tags['Modality']} {i.tags['SeriesDescription']}" for i in pacs.instances(StudyInstanceUID=study)
+        ]
         return len(found) >= 2
 
     wait_until(f"report and picture of {study}", both, seconds=60, every=0.25)
