@@ -42,6 +42,7 @@ _NO_VECTOR = np.zeros(0, dtype=np.float32)
 
 Images = npt.NDArray[np.uint8]
 Vector = npt.NDArray[np.float32]
+_Read = tuple[SliceRecord, Images, Outputs | None]  # one frame: what it says, what the model saw, all it gave
 
 
 class Models(Protocol):
@@ -100,6 +101,7 @@ class Pipeline:
         self._delivered = delivered
         self._clock = clock
         self._models_at = 0.0
+        self._held: list[tuple[Callable[[], bool], Callable[[], None]]] = []  # slices read, not yet written
         self._confirmations = Confirmations(store, cases, labels, enqueue)
 
     def step(self) -> bool:
@@ -130,6 +132,8 @@ class Pipeline:
         except PeerError as exc:
             self._store.quarantine(claimed, exc.message, self._now())
             get_logger().warning("imaging.quarantined", digest=claimed.digest[:12], reason=exc.message)
+        if not self._store.leased:
+            self._write_held()
         return True
 
     def _read(self, claimed: Claimed) -> None:
@@ -143,9 +147,9 @@ class Pipeline:
             return
         head = route(serving.manifest.heads, image)
         if isinstance(head, NotAssessed):
-            self._keep_slice(claimed, dataset, image, serving, None, head.reason, [], watch)
+            self._keep_slice(claimed, dataset, image, serving, None, head.reason, [])
             return
-        read: list[tuple[SliceRecord, Images, Outputs]] = []
+        read: list[_Read] = []
         watch.lap("read")
         for index, frame in enumerate(decode_frames(dataset, image)):
             watch.lap("decode")
@@ -157,9 +161,9 @@ class Pipeline:
         if not read:
             raise PeerError("The object holds no frame.")
         if head.series:
-            self._keep_slice(claimed, dataset, image, serving, head, "", read, watch)
+            self._keep_slice(claimed, dataset, image, serving, head, "", read)
         else:
-            self._answer_image(claimed, dataset, image, serving, head, *read[0], watch)
+            self._answer_image(claimed, dataset, image, serving, head, read[0][0], pixels, outputs, watch)
 
     def _answer_image(
         self,
@@ -213,8 +217,7 @@ class Pipeline:
         serving: Serving,
         head: Head | None,
         reason: str,
-        read: list[tuple[SliceRecord, Images, Outputs]],
-        watch: Stopwatch,
+        read: list[_Read],
     ) -> None:
         """Keeps what the frames of one object say until their series is complete."""
         name = head.name if head else ""
@@ -231,19 +234,35 @@ class Pipeline:
             first_received_at=claimed.received_at,
             last_stored_at=claimed.stored_at,
         )
-        first = False
-        with self._store.writing():
-            self._store.note_study(compose.study_row(dataset, image, claimed))
+        if head is None:
+            read = [(compose.unread_slice(claimed, image), _NO_IMAGE, None)]
+        study = compose.study_row(dataset, image, claimed)
+
+        def write() -> bool:
+            self._store.note_study(study)
+            first = False
             for record, pixels, _ in read:
                 key = f"{image.sop_instance}#{record.source.frame:05d}"
                 first |= self._store.add_slice(series, key, record, claimed.association, pixels.tobytes())
-            if head is None:
-                record = compose.unread_slice(claimed, image)
-                self._store.add_slice(series, image.sop_instance, record, claimed.association, b"")
             self._store.finish(claimed, "slice" if head else "unassessed")
-        watch.lap("record")
-        if first and head:
-            self._models.observe(read[0][1][None], head.name, read[0][2].logits)
+            return first
+
+        def show() -> None:
+            _, pixels, outputs = read[0]
+            if outputs is not None:
+                self._models.observe(pixels[None], name, outputs.logits)
+
+        self._held.append((write, show))
+
+    def _write_held(self) -> None:
+        """Writes the slices of all objects leased together in one transaction: one wait for the disk, not eight."""
+        held, self._held = self._held, []
+        if held:
+            with self._store.writing():
+                first = [write() for write, _ in held]
+            for is_first, (_, show) in zip(first, held, strict=True):
+                if is_first:
+                    show()
 
     def _pool_one(self) -> bool:
         now = self._now()

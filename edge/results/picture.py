@@ -38,7 +38,7 @@ BURNED_IN = "AI evidence, research use only, not for diagnosis"
 MAX_SIDE = 1024  # pixels of the picture; the original stays in the PACS
 _MIN_WIDTH = 512  # so that the burned-in text can be read
 _BAND = 56  # pixels below the image for the text
-_STRONGEST = 0.6  # opacity of the largest evidence
+_STRONGEST = 0.55  # opacity of the largest evidence
 
 Gray = npt.NDArray[np.uint8]
 
@@ -69,8 +69,9 @@ def evidence_alpha(record: AnswerRecord, height: int, width: int) -> npt.NDArray
 def draw(image: Gray, record: AnswerRecord) -> npt.NDArray[np.uint8]:
     """Returns RGB uint8 (H + band, W, 3): evidence over the image, class and probability burned in."""
     height, width = image.shape
-    alpha = evidence_alpha(record, height, width)[..., None] * _STRONGEST  # (H, W, 1)
-    heat = cv2.applyColorMap(np.rint(alpha[..., 0] / _STRONGEST * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
+    unit = evidence_alpha(record, height, width)  # (H, W) 0..1
+    alpha = (unit**2 * _STRONGEST)[..., None]  # (H, W, 1), squared so that weak evidence hides no anatomy
+    heat = cv2.applyColorMap(np.rint(unit * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
     base = np.repeat(image[..., None], 3, axis=2).astype(np.float32)  # (H, W, 3)
     mixed = base * (1 - alpha) + heat[..., ::-1].astype(np.float32) * alpha  # applyColorMap gives BGR
     band = np.zeros((_BAND, width, 3), dtype=np.uint8)

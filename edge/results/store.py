@@ -103,6 +103,11 @@ class Store:
             self._leased = self._lapsed(now) or self._arrived(now)
         return self._leased.pop(0) if self._leased else None
 
+    @property
+    def leased(self) -> int:
+        """How many objects are leased and were not handed out by `claim` yet."""
+        return len(self._leased)
+
     def finish(self, claimed: Claimed, outcome: str) -> None:
         """Marks the object as done; to be called inside `writing`, with what came of it."""
         self._db.execute("UPDATE work SET outcome = ? WHERE digest = ?", (outcome, claimed.digest))
