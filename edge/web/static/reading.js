@@ -20,6 +20,24 @@ function nudge(step) {
   show();
 }
 
+// The image is enlarged to the room it has; evidence is stretched over exactly its box, whatever its shape.
+function fit() {
+  const stack = document.querySelector(".film .stack");
+  const image = stack?.querySelector("img");
+  if (!image?.naturalWidth) return;
+  const figure = stack.closest("figure");
+  stack.classList.remove("fitted");
+  stack.style.width = stack.style.height = "0";
+  const scale = Math.min(figure.clientWidth / image.naturalWidth, figure.clientHeight / image.naturalHeight);
+  stack.style.width = `${Math.floor(image.naturalWidth * scale)}px`;
+  stack.style.height = `${Math.floor(image.naturalHeight * scale)}px`;
+  stack.classList.add("fitted");
+}
+
+document.querySelector(".film .stack img")?.addEventListener("load", fit);
+addEventListener("resize", fit);
+fit();
+
 if (evidence) {
   slider.value = localStorage.getItem(kept) ?? slider.value;
   slider.addEventListener("input", () => nudge(0));
