@@ -14,6 +14,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from scripts.lab.child import Child, free_port, listens
+from scripts.lab.fleet import BIN, run
 from scripts.lab.modality import store
 from scripts.lab.parts import start_orthanc
 from scripts.lab.table import Row
@@ -68,7 +69,8 @@ def our_door(folder: Path) -> Iterator[int]:
         f'[node]\nstate = "state"\n[dicom]\nae_title = "RADFLEET"\nhost = "127.0.0.1"\nport = {port}\n'
         'allow = [{ae_title = "MODALITY"}]\n'
     )
-    command = [Path(".venv/bin/radfleet-edge").resolve(), "run", folder / "edge.toml", "--only", "intake"]
+    run("radfleet-edge", "init", folder)
+    command = [BIN / "radfleet-edge", "run", "--only", "intake", "--config", folder / "edge.toml"]
     child = Child("intake", command, log=folder / "intake.log")
     try:
         child.wait_ready("our door", lambda: listens(port))
