@@ -67,6 +67,8 @@ CREATE INDEX IF NOT EXISTS objects_instance ON objects (sop_instance);
 CREATE INDEX IF NOT EXISTS objects_series ON objects (series);
 CREATE TABLE IF NOT EXISTS associations (id TEXT PRIMARY KEY, ended_at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS counts (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
+-- One row: names this index. A rebuilt index gives other ids to the same objects, so whoever follows ids starts again.
+CREATE TABLE IF NOT EXISTS generation (one INTEGER PRIMARY KEY CHECK (one = 1), id TEXT NOT NULL);
 """
 
 
@@ -170,6 +172,7 @@ class Spool:
         self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
         self._index = open_owned(index, _SCHEMA, _SCHEMA_VERSION)
+        insert(self._index, "generation", {"one": 1, "id": secrets.token_hex(8)}, on_conflict="OR IGNORE")
         for part in folder.glob(".*.part"):
             part.unlink()
         self._used_bytes = 0

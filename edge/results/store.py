@@ -89,6 +89,7 @@ class Store:
         self._db = open_owned(path, SCHEMA, SCHEMA_VERSION)
         self._intake_path = intake
         self._intake: sqlite3.Connection | None = None
+        self._intake_name = ""
         self._leased: list[Claimed] = []
         with transaction(self._db) as db:  # leases of the process that died
             db.execute("UPDATE work SET claimed_at = 0 WHERE outcome = ''")
@@ -255,7 +256,7 @@ class Store:
         intake = self._follow_intake()
         return intake is not None and (
             intake.execute(
-                "SELECT 1 FROM objects WHERE series = ? AND id > ?", (series, self.cursor("intake"))
+                "SELECT 1 FROM objects WHERE series = ? AND id > ?", (series, self._intake_cursor(intake))
             ).fetchone()
             is not None
         )
@@ -317,15 +318,11 @@ class Store:
         intake = self._follow_intake()
         if intake is None:
             return []
-        cursor = self.cursor("intake")
-        newest = intake.execute("SELECT MAX(id) FROM objects").fetchone()[0] or 0
-        if newest == cursor:
-            return []
-        if newest < cursor:  # intake rebuilt its index: follow it from the start, digests keep us from repeating
-            cursor = 0
         rows = intake.execute(
-            "SELECT * FROM objects WHERE id > ? ORDER BY id LIMIT ?", (cursor, _CLAIM_BATCH)
+            "SELECT * FROM objects WHERE id > ? ORDER BY id LIMIT ?", (self._intake_cursor(intake), _CLAIM_BATCH)
         ).fetchall()
+        if not rows:
+            return []
         claimed = []
         with self.writing():
             for row in rows:
@@ -339,7 +336,7 @@ class Store:
                 }
                 if insert(self._db, "work", lease, on_conflict="OR IGNORE"):
                     claimed.append(_claimed(row, 1, now))
-            self.set_cursor("intake", rows[-1]["id"])
+            self.set_cursor(self._intake_name, rows[-1]["id"])
         return claimed
 
     def _restart_if_package_changed(self, series: OpenSeries) -> None:
@@ -356,6 +353,11 @@ class Store:
                 " WHERE (excluded.logit, peaks.key) > (peaks.logit, excluded.key)",
                 (answer, index, float(logit), key, image),
             )
+
+    def _intake_cursor(self, intake: sqlite3.Connection) -> int:
+        """How far intake's index was followed: 0 for an index that was rebuilt, digests keep us from repeating."""
+        self._intake_name = "intake " + str(intake.execute("SELECT id FROM generation").fetchone()[0])  # noqa: S608 words of ours
+        return self.cursor(self._intake_name)
 
     def _follow_intake(self) -> sqlite3.Connection | None:
         if self._intake is None:

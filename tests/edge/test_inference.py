@@ -144,3 +144,7 @@ def test_pooling_is_additive_and_indifferent_to_order() -> None:
     assert np.array_equal(pool(shuffled)[0], logits)
     assert np.array_equal(pool(shuffled)[1], features)
     assert np.abs(outputs.evidence.mean(axis=(0, 2, 3)) - logits).max() < 1e-4
+    rough = [
+        SliceOutputs(str(n), np.array([v], np.float32), np.zeros(1, np.float32)) for n, v in enumerate((1e20, 1, -1e20))
+    ]
+    assert pool(rough)[0] == pool([rough[1], rough[0], rough[2]])[0] == pool(rough[::-1])[0]

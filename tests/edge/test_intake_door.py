@@ -217,12 +217,13 @@ def test_attack_a_sender_that_hangs_up_in_the_middle_leaves_nothing(room: Room) 
     item = phantom_study("chest-xray", 0, seed=1)[0]
     association = associate(room.door.port, [(str(item.SOPClassUID), EXPLICIT)])
     sock = association.dul.socket.socket
-    real_send, budget = sock.send, [100_000]
+    real_send, budget = sock.send, [300_000]
 
     class Hanging:
         def send(self, data: bytes) -> int:
             budget[0] -= len(data)
             if budget[0] < 0:
+                wait_until("the first half", lambda: any(room.spool.folder.iterdir()))
                 sock.shutdown(socket.SHUT_RDWR)
             return int(real_send(data))
 

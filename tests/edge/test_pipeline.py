@@ -17,6 +17,7 @@ import pydicom
 import pytest
 
 from edge.imaging.pseudonym import case_pseudonym, is_held_out
+from edge.inference.engine import load_engine
 from edge.intake.spool import Arriving, Spool
 from edge.pipeline import Pipeline
 from edge.results import reading
@@ -32,6 +33,7 @@ from shared.errors import StateError
 from shared.wire.records import FeatureBatch
 from tests.simulators.modality import encoded, phantom_study, storescu, write_files
 from tests.simulators.node import (
+    BASELINE,
     SITE_KEY,
     OneModel,
     baseline,
@@ -320,18 +322,51 @@ def test_a_series_that_a_swap_cuts_in_two_is_read_again_by_the_new_package(tmp_p
     assert (row.package, row.images, row.version) == ("c" * 64, 6, 2)
 
 
-def test_a_lost_intake_index_repeats_nothing(node: Node) -> None:
-    node.put(phantom_study("chest-xray", 1, seed=11))
-    node.put(phantom_study("chest-xray", 1, seed=12))
+def test_a_lost_intake_index_repeats_nothing_and_loses_nothing(node: Node) -> None:
+    for seed in (11, 12, 13):
+        node.put(phantom_study("chest-xray", 1, seed=seed))
     node.run()
     node.spool.close()
-    for path in node.state.glob("intake.sqlite*"):
+    for path in [*node.state.glob("intake.sqlite*"), *list((node.state / "spool").iterdir())[:2]]:
         path.unlink()
     node.spool = make_spool(node.state, node.clock)
     node.start()
-    node.put(phantom_study("chest-xray", 1, seed=13))
+    for seed in (14, 15, 16):  # as many as get the ids that the old index had given
+        node.put(phantom_study("chest-xray", 1, seed=seed))
     node.run()
-    assert [row.version for row in node.worklist()] == [1, 1, 1]
+    assert [row.version for row in node.worklist()] == [1] * 6
+
+
+def test_the_same_slice_with_other_bytes_gives_no_new_answer(node: Node) -> None:
+    study = phantom_study("chest-ct", 1, seed=11, slices=4)
+    node.put(study)
+    node.run(after_s=1)
+    study[0].PatientComments = "other bytes"
+    node.put(study[:1])
+    node.run(after_s=1)
+    (row,) = node.worklist()
+    assert (row.version, row.images) == (1, 4)
+
+
+def test_a_swap_and_its_undoing_inside_a_series_leave_no_slice_of_the_other_model(tmp_path: Path) -> None:
+    study = phantom_study("chest-ct", 2, seed=5, slices=6)
+    engine, manifest, digest = baseline()
+    other = load_engine(BASELINE, manifest, threads=2, variant="cpu-fp32")
+    models = OneModel()
+    node, plain = Node(tmp_path / "a", models=models), Node(tmp_path / "b")
+    for start, served in (
+        (0, (engine, manifest, digest)),
+        (2, (other, manifest, "b" * 64)),
+        (4, (engine, manifest, digest)),
+    ):
+        models.served = served
+        node.put(study[start : start + 2])
+        node.run()
+    node.run(after_s=1)
+    plain.put(study)
+    plain.run(after_s=1)
+    (one,), (two,) = node.worklist(), plain.worklist()
+    assert node.record(one.answer).logits == plain.record(two.answer).logits
 
 
 def test_an_object_that_takes_the_process_down_is_quarantined_after_some_tries(node: Node) -> None:
