@@ -55,9 +55,7 @@ def judge(champion: Reader, candidate: Reader, cases: Cases, heads: Sequence[Hea
     return judged
 
 
-def _compare(
-    old: npt.NDArray[np.float32], new: npt.NDArray[np.float32], cases: Cases, head: Head
-) -> HeadJudgement:
+def _compare(old: npt.NDArray[np.float32], new: npt.NDArray[np.float32], cases: Cases, head: Head) -> HeadJudgement:
     if not 0 <= head.offset <= head.offset + len(head.classes) <= min(old.shape[1], new.shape[1]):
         raise TrustError(f"A model has no columns for the head {head.name}.")
     span = slice(head.offset, head.offset + len(head.classes))

@@ -65,9 +65,10 @@ def run_once(state: Path, cache: PrefixCache) -> bool:
         return False
     kind = "train" if isinstance(task, TrainTask) else "judge"
     done = folder / "done" / f"{task.round}-{kind}"
-    if done.exists():
-        return False
     answer, residual = folder / f"{task.round}-{kind}.answer", folder / f"{task.round}.residual"
+    if done.exists():
+        answer.unlink(missing_ok=True)  # left behind by a process that was killed right here
+        return False
     if not answer.exists():
         made, left = _answer(state, task, cache)
         if left is not None:
@@ -223,7 +224,12 @@ def linger(state: Path, *, seconds: float, poll: float, stop: Stop) -> None:
     cache = PrefixCache()
     idle = 0.0
     while idle < seconds:
-        if run_once(state, cache):
+        try:
+            worked = run_once(state, cache)
+        except StateError as exc:  # a file of a task that was just taken back, or a disk that may recover
+            get_logger().warning("learning.waiting", reason=str(exc))
+            worked = False
+        if worked:
             idle = 0.0
         elif stop.wait(poll):
             return
