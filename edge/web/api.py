@@ -82,7 +82,8 @@ def api_router(studies: Studies, labels: Labels, keeper: Gatekeeper) -> APIRoute
 
 
 def describe(record: AnswerRecord) -> dict[str, Any]:
-    """Returns an answer as JSON values: classes with probabilities, the choice or why there is none, and its model."""
+    """Returns an answer as JSON values: its classes, the choice with probabilities or why there is none, its model."""
+    probabilities = record.probabilities if record.assessed else [None] * len(record.classes)  # never a guess
     return {
         "answer": record.answer,
         "version": record.version,
@@ -93,7 +94,7 @@ def describe(record: AnswerRecord) -> dict[str, Any]:
         "title": record.title,
         "classes": [
             {"name": one.name, "meaning": one.code.meaning, "probability": probability}
-            for one, probability in zip(record.classes, record.probabilities, strict=False)
+            for one, probability in zip(record.classes, probabilities, strict=True)
         ],
         "chosen": record.classes[record.chosen].name if record.assessed and record.chosen >= 0 else "",
         "normal": record.classes[record.normal].name if record.head else "",
