@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +136,7 @@ def decode_frames(dataset: Dataset, head: ImageHead) -> Iterator[Frame]:
     _check_size(dataset, head)
     with _translated("cannot be decoded"):
         # More pixel data than NumberOfFrames says would give more frames: those were not counted above.
-        for index, pixels in enumerate(islice(iter_pixels(dataset, raw=True), head.frames)):
+        for index, pixels in enumerate(iter_pixels(dataset, raw=True, allow_excess_frames=False)):
             if pixels.shape != (head.rows, head.columns):
                 raise PeerError(f"Frame {index + 1} has shape {pixels.shape}, the header says otherwise.")
             yield _frame(dataset, index, pixels)

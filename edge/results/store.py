@@ -356,7 +356,8 @@ class Store:
 
     def _intake_cursor(self, intake: sqlite3.Connection) -> int:
         """How far intake's index was followed: 0 for an index that was rebuilt, digests keep us from repeating."""
-        self._intake_name = "intake " + str(intake.execute("SELECT id FROM generation").fetchone()[0])  # noqa: S608 words of ours
+        generation = intake.execute("SELECT id FROM generation").fetchone()["id"]
+        self._intake_name = f"intake {generation}"
         return self.cursor(self._intake_name)
 
     def _follow_intake(self) -> sqlite3.Connection | None:

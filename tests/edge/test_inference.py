@@ -147,4 +147,4 @@ def test_pooling_is_additive_and_indifferent_to_order() -> None:
     rough = [
         SliceOutputs(str(n), np.array([v], np.float32), np.zeros(1, np.float32)) for n, v in enumerate((1e20, 1, -1e20))
     ]
-    assert pool(rough)[0] == pool([rough[1], rough[0], rough[2]])[0] == pool(rough[::-1])[0]
+    assert pool(rough)[0] == pool([rough[0], rough[2], rough[1]])[0] == pool(rough[::-1])[0]

@@ -30,6 +30,7 @@ from scripts.lab.child import wait_until
 from scripts.lab.parts import Orthanc, start_orthanc
 from shared.clock import SystemClock
 from shared.errors import StateError
+from shared.package.input_spec import PixelMeaning, to_model_input
 from shared.wire.records import FeatureBatch
 from tests.simulators.modality import encoded, phantom_study, storescu, write_files
 from tests.simulators.node import (
@@ -367,6 +368,27 @@ def test_a_swap_and_its_undoing_inside_a_series_leave_no_slice_of_the_other_mode
     plain.run(after_s=1)
     (one,), (two,) = node.worklist(), plain.worklist()
     assert node.record(one.answer).logits == plain.record(two.answer).logits
+
+
+def test_a_swap_between_the_last_slice_and_the_answer_reads_the_series_again(tmp_path: Path) -> None:
+    study = phantom_study("chest-ct", 2, seed=5, slices=4)
+    models = OneModel()
+    node = Node(tmp_path, models=models)
+    node.put(study)
+    node.run()
+    manifest = baseline()[1]
+    models.served = (load_engine(BASELINE, manifest, threads=2, variant="cpu-fp32"), manifest, "b" * 64)
+    node.run(after_s=1)
+    record = node.record(node.worklist()[0].answer)
+    slices = node.pipeline._store.slices(record.answer)
+    assert (record.variant, len(record.inputs)) == ("cpu-fp32", 4)
+    head = manifest.head("chest-ct")
+    inputs = [
+        to_model_input(i.pixel_array, PixelMeaning(intercept=float(i.RescaleIntercept)), head.input) for i in study
+    ]
+    logits = models.served[0].run(np.stack(inputs)).logits[:, head.offset : head.offset + 3]
+    assert np.allclose(np.frombuffer(record.logits, "<f4"), logits.mean(axis=0), atol=1e-4)
+    assert len(slices) == 4
 
 
 def test_an_object_that_takes_the_process_down_is_quarantined_after_some_tries(node: Node) -> None:
