@@ -75,6 +75,7 @@ def test_the_rescale_of_an_enhanced_object_is_found_by_frame(tmp_path: Path) -> 
     assert meanings == [PixelMeaning(2.0, -1000.0), PixelMeaning(2.0, -900.0)]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom warns of what it leaves out
 def test_attack_more_pixels_than_frames_give_no_more_frames(tmp_path: Path) -> None:
     item = phantom_study("chest-ct", 0, seed=1)[0]
     item.NumberOfFrames = 2
