@@ -31,14 +31,11 @@ from cloud.rounds.shell import start_campaign
 from cloud.store import open_engine, upgrade
 from cloud.training.gate import Verdict
 from cloud.web.fleet import Deeds, NodeName, champion_of, read_plan
-from cloud.web.nodes import node_app
-from cloud.web.people import people_app
 from shared.clock import Clock, SystemClock
 from shared.errors import ConfigError, RadfleetError
 from shared.files import sha256_file
 from shared.log import get_logger
 from shared.package.manifest import MANIFEST_NAME
-from shared.serve import Listener, serve
 from shared.supervise import Job, Supervisor, announce, fix_ports, python_module
 from shared.wire.enrolment import Welcome
 
@@ -192,6 +189,8 @@ def refresh_certificates(cloud: Cloud) -> None:
 
 def run_api(cloud: Cloud, stop: threading.Event) -> None:
     """Serves the pages and enrolment (people port) and the downloads (node port, mutual TLS)."""
+    from shared.serve import Listener, serve
+
     config, pki = cloud.config, cloud.config.pki
     upgrade(config.database.url)
     refresh_certificates(cloud)
@@ -366,10 +365,14 @@ def deeds(cloud: Cloud) -> Deeds:
 
 
 def _people(cloud: Cloud) -> ASGIApp:
+    from cloud.web.people import people_app
+
     return people_app(cloud.engine, cloud.clock, cloud.authority, cloud.welcome, deeds(cloud))
 
 
 def _nodes(cloud: Cloud) -> ASGIApp:
+    from cloud.web.nodes import node_app
+
     state = cloud.config.state
     return node_app(
         cloud.engine,

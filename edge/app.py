@@ -27,7 +27,6 @@ from edge.web.labels import FIRST_ADMINISTRATOR, Labels
 from shared.clock import SystemClock
 from shared.errors import ConfigError
 from shared.files import atomic_write, read_limited
-from shared.serve import Listener, serve
 from shared.supervise import Job, Supervisor, announce, fix_ports, python_module
 
 STEADY = ("intake", "pipeline", "uplink", "web")
@@ -185,6 +184,7 @@ def run_web(config: EdgeConfig, stop: threading.Event) -> None:
     """Serves the reading page until `stop`."""
     from edge.web.site import web_app
     from edge.web.studies import Studies
+    from shared.serve import Listener, serve
 
     clock, state, web = SystemClock(), config.state, config.web
     labels = Labels(state / "labels.sqlite", clock)

@@ -101,7 +101,10 @@ def status(
         body = {
             "node": node,
             "processes": ready,
-            "report": {name: getattr(report, name) for name in report.__struct_fields__},
+            "report": {
+                **msgspec.structs.asdict(report),
+                "slots": [msgspec.structs.asdict(slot) for slot in report.slots],
+            },
         }
         out.print(msgspec.json.encode(body).decode())
         return

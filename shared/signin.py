@@ -5,6 +5,7 @@ Only digests of tokens are ever stored, so reading a database lets nobody in.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import secrets
@@ -27,8 +28,6 @@ FAILURES_ALLOWED = 5
 FAILURE_WINDOW_S = 300.0
 
 _HASHER = argon2.PasswordHasher()
-# Verified when a name is unknown, so that the time of an answer does not tell which names exist.
-_NOBODY = _HASHER.hash(secrets.token_hex(16))
 
 
 def mint() -> str:
@@ -68,9 +67,15 @@ def hash_password(password: str) -> str:
 def password_matches(stored: str | None, password: str) -> bool:
     """Tells whether `password` is the one that was hashed; as slow for somebody unknown (None)."""
     try:
-        return _HASHER.verify(stored or _NOBODY, password[:PASSWORD_MAX_LENGTH]) and stored is not None
+        return _HASHER.verify(stored or _nobody(), password[:PASSWORD_MAX_LENGTH]) and stored is not None
     except argon2.exceptions.VerificationError:
         return False
+
+
+@functools.cache
+def _nobody() -> str:
+    """Verified when a name is unknown, so that the time of an answer does not tell which names exist."""
+    return _HASHER.hash(secrets.token_hex(16))
 
 
 class Throttle:
