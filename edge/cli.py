@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
+from cryptography import x509
 from rich.console import Console
 from rich.table import Table
 
@@ -20,12 +22,14 @@ from edge.slots.journal import Journal
 from edge.web.labels import Labels
 from shared.clock import SystemClock
 from shared.console import run_cli
-from shared.errors import ConfigError
-from shared.files import atomic_write
+from shared.errors import ConfigError, RadfleetError
+from shared.files import atomic_write, read_limited
 from shared.log import configure
+from shared.package.manifest import verify_package
 from shared.supervise import read_facts, stop_on_signals
 
 CONSOLE_ACTOR = "console"
+KEY_LIMIT_BYTES = 100_000
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 out = Console(highlight=False, soft_wrap=True, markup=False)
@@ -141,6 +145,8 @@ def _checks(settings: EdgeConfig, table: Table) -> list[tuple[str, str]]:
 
     state = settings.state
     note("state", str(state), "" if (state / "site.key").exists() else "run `radfleet-edge init`")
+    note("room", "enough", _room(settings))
+    note("model", "whole and as its manifest says", _model(state))
     allowed = ", ".join(peer.ae_title for peer in settings.dicom.allow)
     note("door", f"allows {allowed}", "" if allowed else "[dicom] allow is empty: every modality is refused")
     if settings.pacs:
@@ -150,10 +156,42 @@ def _checks(settings: EdgeConfig, table: Table) -> list[tuple[str, str]]:
         note("pacs", "none: reports stay on this node", "")
     node = read_identity(state)
     if node:
+        note("certificate", "valid", _certificate(state))
         note("broker", "accepts", _reach(node.broker_host, node.broker_port))
     else:
         note("cloud", "not enrolled: the node works alone", "")
     return found
+
+
+def _room(settings: EdgeConfig) -> str:
+    total = shutil.disk_usage(settings.state if settings.state.exists() else settings.state.parent).total
+    wanted = settings.room.spool_limit_bytes
+    return "" if total >= wanted else f"the disk has {total} bytes; [room] spool_limit_bytes is {wanted}"
+
+
+def _model(state: Path) -> str:
+    """Checks what serving needs; weights are only on nodes that got the package with the software."""
+    if not (state / "slots.sqlite").exists():
+        return "none; run `radfleet-edge init`"
+    journal = Journal(state / "slots.sqlite", SystemClock())
+    committed = journal.committed()
+    journal.close()
+    if committed is None:
+        return "none; run `radfleet-edge init`"
+    folder = state / "models" / committed[0]
+    try:
+        manifest = verify_package(folder, committed[0], names=[])
+        present = [one.file for one in manifest.variants if (folder / one.file).exists()]
+        verify_package(folder, committed[0], names=[manifest.golden, *present])
+    except RadfleetError as exc:
+        return exc.message
+    return "" if present else "no variant of it is on this disk"
+
+
+def _certificate(state: Path) -> str:
+    data = read_limited(state / "pki" / "device.pem", KEY_LIMIT_BYTES)
+    end = x509.load_pem_x509_certificate(data).not_valid_after_utc
+    return "" if end > SystemClock().now() else f"expired on {end:%Y-%m-%d}; enrol the node again"
 
 
 def _reach(host: str, port: int) -> str:

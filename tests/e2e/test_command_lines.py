@@ -101,8 +101,13 @@ class TestEdge:
         assert "not enrolled" in run("edge", "status", "--config", edge).stdout
 
     def test_check_tells_every_fault_and_ends_with_78(self, edge: Path) -> None:
+        model = next((edge.parent / "state" / "models").glob("*/golden.safetensors"))
+        kept = model.read_bytes()
+        model.write_bytes(kept[:-1] + b"x")
         said = refused(run("edge", "check", "--config", edge), 78)
+        model.write_bytes(kept)
         assert "every modality is refused" in said
+        assert "golden.safetensors is missing or is not the file" in said
 
     def test_enrolling_with_what_is_no_token(self, edge: Path) -> None:
         assert "not an enrolment token" in refused(
