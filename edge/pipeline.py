@@ -8,6 +8,7 @@ same UID and bytes.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -132,6 +133,11 @@ class Pipeline:
         except PeerError as exc:
             self._store.quarantine(claimed, exc.message, self._now())
             get_logger().warning("imaging.quarantined", digest=claimed.digest[:12], reason=exc.message)
+        except (TypeError, ValueError, LookupError, ArithmeticError, NotImplementedError, RecursionError) as exc:
+            # A defect of ours that one object found: it must not keep all others from being answered.
+            self._store.quarantine(claimed, f"Reading failed with {type(exc).__name__}.", self._now())
+            where = traceback.extract_tb(exc.__traceback__)[-1]  # not the message: it may quote the data set
+            get_logger().error("imaging.defect", digest=claimed.digest[:12], at=f"{where.name}:{where.lineno}")
         if not self._store.leased:
             self._write_held()
         return True

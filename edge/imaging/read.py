@@ -124,6 +124,26 @@ def describe(dataset: Dataset) -> ImageHead:
     return head
 
 
+def worklist_texts(dataset: Dataset) -> dict[str, str]:
+    """Returns what the worklist shows of a study, by column; what cannot be read is empty, it keeps no image away."""
+    return {
+        "patient_name": lenient_text(dataset, "PatientName", 200),
+        "patient_id": lenient_text(dataset, "PatientID", 200),
+        "accession": lenient_text(dataset, "AccessionNumber", 64),
+        "study_date": lenient_text(dataset, "StudyDate", 16),
+        "description": lenient_text(dataset, "StudyDescription", 200)
+        or lenient_text(dataset, "SeriesDescription", 200),
+    }
+
+
+def lenient_text(dataset: Dataset, name: str, length: int) -> str:
+    """Returns an attribute's first value as text of at most `length` characters; empty when it cannot be read."""
+    try:
+        return _text(dataset, name)[:length]
+    except Exception:  # noqa: BLE001 pydicom names no family for values it cannot read
+        return ""
+
+
 def decode_frames(dataset: Dataset, head: ImageHead) -> Iterator[Frame]:
     """Yields the frames in stored order, each decoded when asked for.
 

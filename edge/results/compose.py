@@ -11,7 +11,7 @@ from msgspec import Struct
 from pydicom.dataset import Dataset
 
 from edge.imaging.pseudonym import case_pseudonym, is_held_out
-from edge.imaging.read import ImageHead
+from edge.imaging.read import ImageHead, worklist_texts
 from edge.inference.decide import Answer
 from edge.inference.engine import Engine, Outputs
 from edge.results.store import Claimed
@@ -48,15 +48,7 @@ def subject_of(image: ImageHead, site_key: bytes, uid: str) -> Subject:
 
 def study_row(dataset: Dataset, image: ImageHead, claimed: Claimed) -> dict[str, str | float]:
     """Returns the worklist's row of a study; it stays on the node."""
-    return {
-        "study": image.study,
-        "patient_name": str(dataset.get("PatientName", ""))[:200],
-        "patient_id": image.patient_id[:200],
-        "accession": str(dataset.get("AccessionNumber", ""))[:64],
-        "study_date": str(dataset.get("StudyDate", ""))[:16],
-        "description": str(dataset.get("StudyDescription", "") or dataset.get("SeriesDescription", ""))[:200],
-        "first_stored_at": claimed.stored_at,
-    }
+    return {"study": image.study, **worklist_texts(dataset), "first_stored_at": claimed.stored_at}
 
 
 def slice_record(claimed: Claimed, image: ImageHead, frame: int, head: Head, outputs: Outputs) -> SliceRecord:

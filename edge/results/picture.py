@@ -128,7 +128,7 @@ def build_picture(record: AnswerRecord, image: Gray, source: Dataset) -> Documen
         specific_character_set="ISO_IR 192",
     )
     capture.PatientName = study.PatientName
-    capture.PatientOrientation = source.get("PatientOrientation") or None
+    capture.PatientOrientation = None  # of the shown frame in enhanced objects: not copied, so never wrong
     capture.DateOfSecondaryCapture = answered.strftime("%Y%m%d")
     capture.TimeOfSecondaryCapture = answered.strftime("%H%M%S.%f")
     capture.ImageType = ["DERIVED", "SECONDARY", "OTHER"]

@@ -7,6 +7,7 @@ repeat after a crash overwrites nothing and a changed answer is a new object.
 from __future__ import annotations
 
 import hashlib
+import re
 from datetime import UTC, datetime
 from io import BytesIO
 
@@ -33,8 +34,9 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.uid import UID
 
+from edge.imaging.read import lenient_text
 from edge.results.store import inputs_digest
-from edge.results.tables import AnswerRecord
+from edge.results.tables import AnswerRecord, InputRef
 
 RESEARCH_ONLY = "Research use only, not for diagnosis"
 MANUFACTURER = "Radfleet"
@@ -56,6 +58,8 @@ _COPIED = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "AccessionNumber"),
     *("StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName", "StudyDescription", "IssuerOfPatientID"),
 )
+
+_TIME = re.compile(r"([01][0-9]|2[0-3])([0-5][0-9]([0-5][0-9](\.[0-9]{1,6})?)?)?")
 
 
 class Document(Struct, frozen=True):
@@ -94,7 +98,10 @@ def build_report(record: AnswerRecord, source: Dataset) -> Document:
     Raises:
         ValueError, TypeError, AttributeError: the source's own attributes cannot be written as DICOM.
     """
-    evidence = [_evidence(record, source, index) for index in range(len(record.inputs))]
+    evidence = [_evidence(record, one) for one in record.inputs]
+    evidence[0].update(patient_and_study(source))  # the first one gives patient and study to the document
+    evidence[0].StudyInstanceUID = record.study
+    evidence[0].PatientName = ""  # set at the end: highdicom warns about names, and would put one into the log
     uid = document_uid("report", record)
     answered = datetime.fromtimestamp(record.answered_at, UTC)
     report = Comprehensive3DSR(
@@ -115,7 +122,7 @@ def build_report(record: AnswerRecord, source: Dataset) -> Document:
         content_time=answered.time(),
         specific_character_set="ISO_IR 192",
     )
-    report.PatientName = source.get("PatientName", "")
+    report.PatientName = patient_and_study(source).PatientName
     return encode(report, record, "report")
 
 
@@ -140,15 +147,27 @@ def encode(dataset: Dataset, record: AnswerRecord, kind: str) -> Document:
 
 
 def patient_and_study(source: Dataset) -> Dataset:
-    """Returns the attributes that every result of a study copies; empty where the source has none."""
+    """Returns the attributes that every result of a study copies; empty where the source has none that is valid."""
     copied = Dataset()
     for name in _COPIED:
-        value = source.get(name)
-        if value is not None and str(value) != "":
-            setattr(copied, name, value)
-        elif name not in ("StudyDescription", "IssuerOfPatientID"):
-            setattr(copied, name, "")
+        text = lenient_text(source, name, 64)
+        if name.endswith("Date"):
+            text = text if _is_date(text) else ""
+        elif name.endswith("Time"):
+            text = text.replace(":", "")  # as ACR-NEMA wrote it
+            text = text if _TIME.fullmatch(text) else ""
+        elif name == "PatientSex":
+            text = text if text in ("M", "F", "O") else ""
+        if text or name not in ("StudyDescription", "IssuerOfPatientID"):
+            setattr(copied, name, text)
     return copied
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return len(text) == 8 and datetime.strptime(text, "%Y%m%d").year >= 1850  # noqa: DTZ007 a DICOM date has no zone
+    except ValueError:
+        return False
 
 
 def series_description(record: AnswerRecord, kind: str) -> str:
@@ -172,13 +191,12 @@ def _version_of(record: AnswerRecord) -> tuple[str, str, str]:
     return inputs_digest(record.package, record.inputs), record.package, str(record.version)
 
 
-def _evidence(record: AnswerRecord, source: Dataset, index: int) -> Dataset:
-    one = patient_and_study(source)
-    one.PatientName = ""  # set at the end: highdicom warns about names, and a warning would put one into the log
+def _evidence(record: AnswerRecord, source: InputRef) -> Dataset:
+    one = Dataset()
     one.StudyInstanceUID = record.study
     one.SeriesInstanceUID = record.series
-    one.SOPInstanceUID = UID(record.inputs[index].sop_instance)
-    one.SOPClassUID = UID(record.inputs[index].sop_class)
+    one.SOPInstanceUID = UID(source.sop_instance)
+    one.SOPClassUID = UID(source.sop_class)
     return one
 
 

@@ -25,7 +25,7 @@ from tests.simulators.modality import phantom_study, to_bytes
 from tests.simulators.node import baseline
 
 DATA = Path(os.environ.get("RADFLEET_DATA", "/work/shared/data"))
-needs_data = pytest.mark.skipif(not (DATA / "dicom").is_dir(), reason="the real DICOM objects are not on this machine")
+needs_data = pytest.mark.skipif(not (DATA / "dicom").is_dir(), reason="real data is absent: no dicom folder")
 
 
 def frames_of(path: Path) -> tuple[ImageHead, list[np.ndarray], PixelMeaning]:

@@ -32,7 +32,7 @@ from tests.simulators.modality import (
 from tests.simulators.node import make_door, make_spool
 
 DATA = Path(os.environ.get("RADFLEET_DATA", "/work/shared/data"))
-needs_data = pytest.mark.skipif(not (DATA / "dicom").is_dir(), reason="the real DICOM objects are not on this machine")
+needs_data = pytest.mark.skipif(not (DATA / "dicom").is_dir(), reason="real data is absent: no dicom folder")
 
 
 @dataclass

@@ -127,12 +127,15 @@ def test_the_picture_carries_its_warning_in_the_pixels(xray: AnswerRecord, tmp_p
     assert (np.abs(body[..., 0] - body[..., 2]) > 30).mean() > 0.05  # coloured evidence over a grey image
 
 
-def test_an_image_whose_name_cannot_be_written_still_gives_an_answer(tmp_path: Path) -> None:
+def test_odd_patient_and_study_values_cost_no_document(tmp_path: Path) -> None:
     item = phantom_study("chest-xray", 1, seed=11)[0]
     item.PatientName = "A" * 300
-    item.PatientBirthDate = ""
-    item.StudyDate = "99999999"
-    answered(tmp_path, item)  # whatever becomes of the documents
+    item.PatientID = "B" * 300
+    item["StudyDate"]._value, item["StudyTime"]._value, item["PatientSex"]._value = "00000000", "11:42:21", "\u00c4"
+    record = answered(tmp_path, item)
+    report = pydicom.dcmread(io.BytesIO(documents(record, tmp_path)["report"]))
+    assert (report.StudyDate, report.StudyTime, report.PatientSex) == ("", "114221", "")
+    assert report.PatientName == "A" * 64
 
 
 def test_no_patient_is_named_in_warnings_while_documents_are_built(

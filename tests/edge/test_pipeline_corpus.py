@@ -1,0 +1,53 @@
+"""Every real and every hostile object through spool and pipeline: each ends somewhere that an administrator can see."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pydicom
+import pytest
+
+from edge.intake.spool import Arriving, RefusedError
+from edge.results import reading
+from tests.edge.test_intake_door import DATA, needs_data
+from tests.edge.test_pipeline import Node
+from tests.simulators.modality import split_file
+
+
+@needs_data
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom warns of what it puts right
+def test_attack_no_object_stops_the_node_and_every_one_is_accounted_for(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    for folder in (DATA / "dicom" / "singles", DATA / "dicom_hostile"):
+        for path in sorted(folder.rglob("*")):
+            if not path.is_file() or path.suffix in (".md", ".csv"):
+                continue
+            try:
+                sop_class, instance, syntax, data = split_file(path)
+            except (
+                pydicom.errors.InvalidDicomError,
+                AttributeError,
+                ValueError,
+                EOFError,
+                OSError,
+                NotImplementedError,
+            ):
+                continue  # no modality could send it: no meta header, or no identifiers to put into the command
+            try:
+                node.spool.store(Arriving(sop_class, instance, syntax), [data])
+            except RefusedError:
+                continue
+    node.run(after_s=5)
+    stored = node.spool.counts()["stored"]
+    database = sqlite3.connect(node.results)
+    ends = dict(database.execute("SELECT outcome, COUNT(*) FROM work GROUP BY outcome").fetchall())
+    assert stored > 350
+    assert sum(ends.values()) == stored
+    assert ends.keys() == {"answered", "slice", "unassessed", "ignored", "quarantined"}
+    assert all(row.reason for row in reading.quarantine(node.results))
+    assert all(row.reason or row.finding for row in node.worklist())
+    documents = dict(database.execute("SELECT documents, COUNT(*) FROM answers GROUP BY documents").fetchall())
+    # One object is of a private SOP class, which no report can refer to and which the door does not accept.
+    assert documents.pop("built") > 80
+    assert documents in ({}, {"not built: KeyError": 1})
