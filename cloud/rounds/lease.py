@@ -25,9 +25,7 @@ def hold(conn: Connection, name: str, holder: str, now: datetime) -> int | None:
     if row.holder != holder and now < _aware(row.until):
         return None
     fence: int = row.fence if row.holder == holder else row.fence + 1
-    taken = update(leases).where(
-        leases.c.name == name, leases.c.fence == row.fence, leases.c.holder == row.holder
-    )
+    taken = update(leases).where(leases.c.name == name, leases.c.fence == row.fence, leases.c.holder == row.holder)
     if conn.execute(taken.values(holder=holder, fence=fence, until=until)).rowcount != 1:
         return None
     return fence

@@ -51,9 +51,9 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True):
     quorum: Annotated[float, Meta(gt=0, le=1)] = 0.6
     train_seconds: Annotated[float, Meta(gt=0)] = 120.0
     judge_seconds: Annotated[float, Meta(gt=0)] = 120.0
-    epochs: Annotated[int, Meta(ge=1, le=100)] = 3
-    learning_rate: Annotated[float, Meta(gt=0, le=1)] = 3e-4
-    batch: Annotated[int, Meta(ge=1, le=512)] = 16
+    epochs: Annotated[int, Meta(ge=1, le=100)] = 4
+    learning_rate: Annotated[float, Meta(gt=0, le=1)] = 4e-4
+    batch: Annotated[int, Meta(ge=1, le=512)] = 8
     keep: Annotated[float, Meta(gt=0, le=1)] = 0.1
     max_norm: Annotated[float, Meta(gt=0)] = 10.0
     seed: int = 0

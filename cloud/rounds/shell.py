@@ -140,9 +140,7 @@ class Rounds:
                 self._give(conn, campaign, task)
             case machine.CloseRound(round, verdict):
                 _set_round(conn, round, verdict=msgspec.to_builtins(verdict), closed_at=now)
-                get_logger().info(
-                    "rounds.gated", round=round, decision=verdict.decision, reasons=verdict.reasons
-                )
+                get_logger().info("rounds.gated", round=round, decision=verdict.decision, reasons=verdict.reasons)
             case machine.Register():
                 self.register(_made(campaign.progress.verdict))
             case machine.Dismiss():
@@ -258,9 +256,7 @@ def _row(campaign: Campaign) -> dict[str, Any]:
 
 
 def _campaign(row: Row[Any]) -> Campaign:
-    since = (
-        row.since if row.since.tzinfo else row.since.replace(tzinfo=UTC)
-    )  # SQLite drops the zone; all is UTC
+    since = row.since if row.since.tzinfo else row.since.replace(tzinfo=UTC)  # SQLite drops the zone; all is UTC
     nodes = tuple((site, node) for site, node in row.nodes)
     plan, progress = msgspec.convert(row.plan, Plan), msgspec.convert(row.body, Progress)
     return Campaign(row.id, State(row.state), row.champion, nodes, plan, row.number, progress, since)

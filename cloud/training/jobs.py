@@ -49,9 +49,7 @@ def claim(conn: Connection, holder: str, now: datetime) -> Job | None:
     for row in conn.execute(select(jobs).where(free).order_by(jobs.c.id).with_for_update()).all():
         mine = update(jobs).where(jobs.c.id == row.id, free)
         if row.attempts >= MAX_ATTEMPTS:
-            conn.execute(
-                mine.values(state="failed", reason=f"the trainer died {row.attempts} times at this job")
-            )
+            conn.execute(mine.values(state="failed", reason=f"the trainer died {row.attempts} times at this job"))
             continue
         lease = {"state": "running", "holder": holder, "lease_until": now + timedelta(seconds=LEASE_S)}
         if conn.execute(mine.values(attempts=row.attempts + 1, **lease)).rowcount:

@@ -78,9 +78,7 @@ class Workshop:
         with self.engine.begin() as conn:
             values = {"weights": made.file.sha256, "average": msgspec.to_builtins(record)}
             conn.execute(update(rounds).where(rounds.c.id == asked.round).values(**values))
-        get_logger().info(
-            "training.averaged", round=asked.round, parts=len(record.parts), moved=round(record.moved, 4)
-        )
+        get_logger().info("training.averaged", round=asked.round, parts=len(record.parts), moved=round(record.moved, 4))
         return made
 
     def build(self, asked: Asked) -> Built:
@@ -164,10 +162,7 @@ class Workshop:
         chosen = select(updates).where(updates.c.round == round, updates.c.late.is_(False))
         with self.engine.connect().execution_options(read_only=True) as conn:
             rows = conn.execute(chosen.order_by(updates.c.site, updates.c.node)).all()
-        return [
-            Sent(row.site, row.node, row.cases, row.norm, partial(self.objects.read, row.blob))
-            for row in rows
-        ]
+        return [Sent(row.site, row.node, row.cases, row.norm, partial(self.objects.read, row.blob)) for row in rows]
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -185,13 +180,9 @@ class Asked(msgspec.Struct, frozen=True):
         return self.weights
 
 
-def compare(
-    champion: Path, candidate: Path, manifest: Manifest, variant: str, cases: Samples
-) -> list[ReferenceHead]:
+def compare(champion: Path, candidate: Path, manifest: Manifest, variant: str, cases: Samples) -> list[ReferenceHead]:
     """Returns per head how the candidate compares on `cases` with the champion and its own FP32 form."""
-    old = look(
-        champion / decode_manifest((champion / MANIFEST_NAME).read_bytes()).variant(variant).file, cases
-    )
+    old = look(champion / decode_manifest((champion / MANIFEST_NAME).read_bytes()).variant(variant).file, cases)
     new, full = (look(candidate / manifest.variant(v).file, cases) for v in (variant, FP32))
     compared = []
     for index, head in enumerate(manifest.heads):

@@ -1,13 +1,14 @@
 """What stands between a patient and the stored pixels: dose, scatter, blur, the detector's curve, collimation.
 
-One `Scanner` describes a hospital's equipment. `draw_scanner` varies it for training; `HOSPITAL_C` is outside that
-variety on purpose: a digitised film chain whose response turns back on itself in the most exposed part (solarised
-lungs), driven at low dose, without a grid, tightly collimated. Percentile normalisation cannot undo any of it.
+One `Scanner` describes a hospital's equipment. `draw_scanner` varies it for training; scanner C is outside that
+variety on purpose: digitised film whose response turns back on itself in the most exposed part (solarised lungs), by
+another amount on every film because the developer is not stable; tightly collimated, the border left white. It hides
+little (a reader who has seen such films reads them), and percentile normalisation cannot undo it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -27,6 +28,7 @@ class Scanner:
     gamma: float = 1.0  # slope of the response against log exposure
     shoulder: float = 0.0  # 0: straight response; towards 1: S-shaped
     reversal: float = 0.0  # strength of the turn-back (solarisation) of the most exposed part
+    unrest: float = 0.0  # the reversal of one exposure differs from that by up to this, either way
     blur: float = 0.003
     scatter: float = 0.15  # share of the primary beam
     grid: float = 0.0  # amplitude of the anti-scatter grid's lines, share of the signal
@@ -47,14 +49,15 @@ SCANNERS = {
     "B": Scanner("B", dose=700, gamma=1.15, shoulder=0.3, scatter=0.22, blur=0.004, inverted=True, noise=1.2),
     "C": Scanner(
         "C",
-        dose=120,
+        dose=700,
         gamma=1.5,
-        shoulder=0.8,
-        reversal=0.75,
-        blur=0.006,
-        scatter=0.45,
+        shoulder=0.5,
+        reversal=1.65,
+        unrest=0.85,
+        blur=0.004,
+        scatter=0.25,
         grid=0.0,
-        structure=0.03,
+        structure=0.01,
         collimation=0.11,
         shutter=1.0,
         noise=1.6,
@@ -94,6 +97,9 @@ def smooth_field(rng: np.random.Generator, shape: tuple[int, int], cell: float) 
 def expose(rng: np.random.Generator, attenuation: Image, scanner: Scanner) -> Pixels:
     """Returns the 12-bit radiograph (H, W) of line integrals (H, W): lungs about 1, bone and abdomen 3 to 4."""
     height, width = attenuation.shape
+    if scanner.unrest:
+        turned = scanner.reversal + scanner.unrest * rng.uniform(-1, 1)
+        scanner = replace(scanner, reversal=float(turned))
     beam = np.exp(1.0 - attenuation)  # 1 behind the lungs, 7 in open air
     beam = cv2.GaussianBlur(beam, (0, 0), max(0.3, scanner.blur * height))
     wide = cv2.resize(cv2.GaussianBlur(cv2.resize(beam, (64, 64)), (0, 0), 8), (width, height))

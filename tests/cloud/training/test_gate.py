@@ -136,7 +136,7 @@ def test_permuted_labels_hardly_ever_pass() -> None:
     passed = sum(
         verdict({s: [measured(rng, 1.0, 1.0, 16, permute=True)] for s in "abc"}).decision == "pass" for _ in range(200)
     )
-    assert passed <= 10  # 5 %; the bar is 2.5 % before harm is looked at
+    assert passed <= 10  # 5 %, and harm elsewhere is looked at besides
 
 
 def test_a_true_gain_passes_nearly_always() -> None:
