@@ -68,19 +68,17 @@ def enrol(
         now = clock.now()
         if invitation is None or not hmac.compare_digest(invitation.digest, token_digest(secret)):
             raise TrustError("The enrolment token is not one of ours.", cure="Ask for a new invitation.")
-        if invitation.used_at is not None:
-            raise TrustError("The enrolment token was used before.", cure="Ask for a new invitation.")
         if invitation.expires_at < now:
             raise TrustError("The enrolment token has expired.", cure="Ask for a new invitation.")
         site, node = invitation.site, invitation.node
-        key = read_csr(csr, Identity(site, node))
         ended = conn.execute(
             update(invitations)
             .where(invitations.c.id == identifier, invitations.c.used_at.is_(None))
             .values(used_at=now)
         )
-        if ended.rowcount != 1:  # two requests with one token at the same moment, on PostgreSQL
+        if ended.rowcount != 1:
             raise TrustError("The enrolment token was used before.", cure="Ask for a new invitation.")
+        key = read_csr(csr, Identity(site, node))  # when it is refused, the invitation stays as it was
         conn.execute(update(devices).where(devices.c.site == site, devices.c.node == node).values(revoked=True))
         return _issue(conn, clock, authority, key, site, node, "enrolment.enrolled")
 
