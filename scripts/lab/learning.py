@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file
 
 from cloud.rounds.aggregate import Sent, average
-from cloud.rounds.machine import Lane, Plan
+from cloud.rounds.machine import Plan
 from cloud.rounds.strategy import FedAvg
 from cloud.training.gate import ReferenceHead, Verdict
 from cloud.training.gate import judge as gate

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydicom.uid import UID
 from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file
@@ -227,7 +228,7 @@ def _returned(fleet: Fleet, study: str) -> str:
 
     def both() -> bool:
         found[:] = [
-            f"{i.tags['Modality']} {i.tags['SeriesDescription']}" for i in pacs.instances(StudyInstanceUID=study)
+            UID(i.tags["SOPClassUID"]).name.removesuffix(" Storage") for i in pacs.instances(StudyInstanceUID=study)
         ]
         return len(found) >= 2
 
