@@ -9,8 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cloud.app import PROCESSES, Cloud, deeds, found, run_process, supervise
+from cloud.app import PROCESSES, deeds, run_process, supervise
 from cloud.config import TEMPLATE, load_config
+from cloud.parts import Cloud, found
 from cloud.registry.officer import create_officer, sign_proposal
 from shared.clock import SystemClock
 from shared.console import run_cli

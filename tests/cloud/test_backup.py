@@ -14,8 +14,8 @@ from cloud.access.authority import load_authority
 from cloud.access.backup import MAGIC, PIECE_BYTES, read_backup, write_backup
 from cloud.access.keys import load_keys
 from cloud.access.tables import nodes
-from cloud.app import Cloud, found
 from cloud.config import CloudConfig, load_config
+from cloud.parts import Cloud, found
 from cloud.store import open_engine
 from shared.errors import ConfigError, PeerError, TrustError
 from tests.simulators.release import HandClock

@@ -84,9 +84,7 @@ class LiveCloud:
         self.engine.dispose()
 
     def welcome(self) -> Welcome:
-        return Welcome(
-            "ab" * 32, SealPrivate.generate().public.raw, b"{}", b"{}", "localhost", 8883, self.nodes_url
-        )
+        return Welcome("ab" * 32, SealPrivate.generate().public.raw, b"{}", b"{}", "localhost", 8883, self.nodes_url)
 
     def invite(self, site: str = "hospital-a", node: str = "edge-1") -> str:
         with self.engine.begin() as conn:
