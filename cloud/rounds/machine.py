@@ -49,8 +49,8 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True):
     max_rounds: Annotated[int, Meta(ge=1, le=1000)] = 6
     variant: str = "cpu-u8s8"
     quorum: Annotated[float, Meta(gt=0, le=1)] = 0.6
-    train_seconds: Annotated[float, Meta(gt=0)] = 120.0
-    judge_seconds: Annotated[float, Meta(gt=0)] = 120.0
+    train_seconds: Annotated[float, Meta(gt=0)] = 300.0
+    judge_seconds: Annotated[float, Meta(gt=0)] = 300.0
     epochs: Annotated[int, Meta(ge=1, le=100)] = 4
     learning_rate: Annotated[float, Meta(gt=0, le=1)] = 4e-4
     batch: Annotated[int, Meta(ge=1, le=512)] = 8

@@ -197,7 +197,7 @@ def test_a_silent_hospital_is_not_waited_for_beyond_the_deadline(cloud: Cloud) -
     assert cloud.state() is State.TRAINING
     late = cloud.tasks["c", "n1"]
     assert isinstance(late, TrainTask)
-    cloud.clock.at += timedelta(seconds=121)
+    cloud.clock.at += timedelta(seconds=301)
     cloud.settle()
     assert cloud.state() is State.JUDGING
     with cloud.engine.begin() as conn:
