@@ -197,6 +197,7 @@ def run_web(config: EdgeConfig, stop: threading.Event) -> None:
         link=lambda: link_state(state),
         degraded=lambda: degraded_reason(state),
         site=lambda: node_name(state),
+        pacs=f"{config.pacs.ae_title} at {config.pacs.host}:{config.pacs.port}" if config.pacs else "",
     )
     listener = Listener(web_app(studies, labels, clock), web.host, ports(config)["web"], web.certificate, web.key)
     serve([listener], stop, lambda: announce(config.run_folder, "web", url=web_url(config)))

@@ -58,6 +58,7 @@ def page_router(studies: Studies, labels: Labels, keeper: Gatekeeper, pages: Pag
             "report": studies.report(),
             "link": studies.link(),
             "degraded": studies.degraded(),
+            "pacs": studies.pacs,
         }
 
     @router.get("/")

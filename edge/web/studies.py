@@ -23,7 +23,7 @@ class Studies:
     """The page's view of the node.
 
     `labelled` wakes the pipeline, `report` is what the cloud hears too, `link` and `degraded` are as in
-    `edge.report`, `site` names the node, empty before it was enrolled.
+    `edge.report`, `site` names the node, empty before it was enrolled, `pacs` where reports go, empty for nowhere.
     """
 
     results: Path
@@ -33,6 +33,7 @@ class Studies:
     link: Callable[[], str]
     degraded: Callable[[], str]
     site: Callable[[], str]
+    pacs: str
 
     def worklist(self) -> list[WorklistRow]:
         """Returns the newest answers, newest first."""

@@ -40,6 +40,7 @@ class ReadingNode:
             link=lambda: "connected",
             degraded=lambda: "",
             site=lambda: "hospital-a/edge-1",
+            pacs="",
         )
         self.port = free_port()
         self._stop = threading.Event()
