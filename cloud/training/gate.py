@@ -29,6 +29,7 @@ class ReferenceHead(Struct, frozen=True):
     auc_candidate: float
     auc_candidate_fp32: float
     flipped: float  # share of answers that eight bits change
+    drop_low: float  # lower end of the 95 % paired interval of what eight bits cost in AUC
 
 
 class Bars(Struct, frozen=True):
@@ -39,7 +40,8 @@ class Bars(Struct, frozen=True):
     error_rate: float = 0.05  # of calling a candidate better by chance, one-sided, over all comparisons together
     harm: float = 0.05  # AUC; a hospital may not lose more than this, or be plausibly worse by twice this
     reference_drop: float = 0.02  # AUC lost on the reference set
-    parity_drop: float = 0.005  # AUC lost to eight bits
+    parity_drop: float = 0.005  # AUC lost to eight bits, where chance does not explain it
+    parity_limit: float = 0.02  # AUC lost to eight bits, whatever explains it
     parity_flipped: float = 0.05  # answers changed by eight bits
 
 
@@ -102,7 +104,9 @@ def _broken(rows: Sequence[HeadJudgement], reference: Sequence[ReferenceHead]) -
             row.balanced_champion, row.balanced_candidate, row.flipped,
         )
     ]  # fmt: skip
-    values += [v for r in reference for v in (r.auc_champion, r.auc_candidate, r.auc_candidate_fp32, r.flipped)]
+    values += [
+        v for r in reference for v in (r.auc_champion, r.auc_candidate, r.auc_candidate_fp32, r.flipped, r.drop_low)
+    ]
     faults = (
         [] if all(math.isfinite(v) and -1 <= v <= 1 for v in values) else ["a measurement is not a number in range"]
     )
@@ -118,7 +122,8 @@ def _reference(reference: Sequence[ReferenceHead], bars: Bars) -> list[str]:
         if lost > bars.reference_drop:
             faults.append(f"reference set, {row.head}: AUC {lost:.3f} lower than the champion's")
         dropped = row.auc_candidate_fp32 - row.auc_candidate
-        if dropped > bars.parity_drop or row.flipped > bars.parity_flipped:
+        proven = dropped > bars.parity_drop and row.drop_low > 0
+        if proven or dropped > bars.parity_limit or row.flipped > bars.parity_flipped:
             faults.append(f"eight bits, {row.head}: AUC {dropped:.4f} lower, {row.flipped:.3f} of answers flipped")
     return faults
 

@@ -25,7 +25,7 @@ from cloud.training.refit import balanced, refit
 from cloud.training.weights import read_weights, write_weights
 from models import hybrid
 from models.data import Samples
-from models.metrics import macro_auc
+from models.metrics import auc_difference, macro_auc
 from models.package import FP32, build_candidate, columns, look
 from models.reference import reference_set
 from shared.clock import Clock
@@ -197,6 +197,7 @@ def compare(champion: Path, candidate: Path, manifest: Manifest, variant: str, c
                 auc_candidate=macro_auc(two, labels),
                 auc_candidate_fp32=macro_auc(three, labels),
                 flipped=float((two.argmax(1) != three.argmax(1)).mean()),
+                drop_low=auc_difference(three, two, labels).low,
             )
         )
     return compared

@@ -16,7 +16,7 @@ from shared.wire.records import HeadJudgement, NamedFile
 
 NOW = datetime(2026, 11, 22, tzinfo=UTC)
 WEIGHTS = Weights(NamedFile("weights.safetensors", "a" * 64, 10), [("head.bias", [3])])
-REFERENCE = [ReferenceHead("chest-xray", [20, 20], 0.9, 0.9, 0.9, 0.0)]
+REFERENCE = [ReferenceHead("chest-xray", [20, 20], 0.9, 0.9, 0.9, 0.0, 0.0)]
 BUILT = Built("c" * 64, NamedFile("manifest.json", "c" * 64, 5), NamedFile("m.onnx", "d" * 64, 9), REFERENCE)
 NODES = (("a", "edge"), ("b", "edge"), ("c", "edge"))
 

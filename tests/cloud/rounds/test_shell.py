@@ -51,7 +51,7 @@ BUILT = Built(
     CANDIDATE,
     NamedFile("manifest.json", CANDIDATE, 5),
     NamedFile("m.onnx", "d" * 64, 9),
-    [ReferenceHead("x", [20, 20], 0.9, 0.9, 0.9, 0.0)],
+    [ReferenceHead("x", [20, 20], 0.9, 0.9, 0.9, 0.0, 0.0)],
 )
 Task = TrainTask | JudgeTask | None
 

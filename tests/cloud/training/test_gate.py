@@ -11,7 +11,7 @@ from models.metrics import auc_difference, balanced_accuracy, macro_auc
 from shared.wire.records import HeadJudgement
 
 BARS = Bars()
-REFERENCE = [ReferenceHead("x", [20, 20], 0.95, 0.95, 0.95, 0.01)]
+REFERENCE = [ReferenceHead("x", [20, 20], 0.95, 0.95, 0.95, 0.01, 0.0)]
 
 
 def row(old: float, new: float, half: float = 0.05, *, n: int = 12, phantom: bool = False) -> HeadJudgement:
@@ -82,16 +82,24 @@ def test_min_sites() -> None:
 
 
 def test_lost_on_the_reference_set() -> None:
-    given = verdict(GOOD, [ReferenceHead("x", [20, 20], 0.95, 0.92, 0.92, 0.0)])
+    given = verdict(GOOD, [ReferenceHead("x", [20, 20], 0.95, 0.92, 0.92, 0.0, 0.0)])
     assert given.decision == "fail"
     assert "reference set" in given.reasons[0]
 
 
-@pytest.mark.parametrize(("full", "flipped"), [(0.96, 0.0), (0.95, 0.2)])
-def test_eight_bits_that_answer_otherwise(full: float, flipped: float) -> None:
-    given = verdict(GOOD, [ReferenceHead("x", [20, 20], 0.95, 0.95, full, flipped)])
+@pytest.mark.parametrize(
+    ("full", "flipped", "low"),
+    [(0.956, 0.0, 0.001), (0.972, 0.0, -0.01), (0.95, 0.2, 0.0)],
+    ids=["a proven loss", "a loss too large to ask", "other answers"],
+)
+def test_eight_bits_that_answer_otherwise(full: float, flipped: float, low: float) -> None:
+    given = verdict(GOOD, [ReferenceHead("x", [20, 20], 0.95, 0.95, full, flipped, low)])
     assert given.decision == "fail"
     assert "eight bits" in given.reasons[0]
+
+
+def test_a_loss_to_eight_bits_that_chance_explains() -> None:
+    assert verdict(GOOD, [ReferenceHead("x", [20, 20], 0.95, 0.95, 0.956, 0.0, -0.01)]).decision == "pass"
 
 
 def test_no_reference_at_all() -> None:
@@ -108,7 +116,7 @@ def test_numbers_that_are_none(value: float, field: str) -> None:
 
 
 def test_reference_numbers_that_are_none() -> None:
-    assert verdict(GOOD, [ReferenceHead("x", [9, 9], 0.9, float("nan"), 0.9, 0.0)]).decision == "fail"
+    assert verdict(GOOD, [ReferenceHead("x", [9, 9], 0.9, float("nan"), 0.9, 0.0, 0.0)]).decision == "fail"
 
 
 def test_interval_upside_down() -> None:
