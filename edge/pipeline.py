@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +26,7 @@ from edge.inference.engine import Engine, Outputs
 from edge.results import compose
 from edge.results.cases import CaseStore, Confirmations, Enqueue
 from edge.results.compose import Serving
-from edge.results.documents import build_documents
+from edge.results.documents import Builder, Documents, build_documents, finished
 from edge.results.report import MANUFACTURER
 from edge.results.series import Rules, completeness
 from edge.results.stopwatch import Stopwatch
@@ -78,6 +79,7 @@ class Pipeline:
         enqueue: Enqueue | None,
         delivered: Callable[[], None],
         clock: Clock,
+        builder: Builder | None = None,
     ) -> None:
         """Takes the collaborators.
 
@@ -93,6 +95,7 @@ class Pipeline:
             "off".
             delivered: wakes the sender when documents wait for the PACS.
             clock: the time.
+            builder: builds documents in a process of its own; None builds them here, between two studies.
         """
         self._store = store
         self._spool = spool
@@ -101,6 +104,8 @@ class Pipeline:
         self._rules = rules
         self._delivered = delivered
         self._clock = clock
+        self._builder = builder
+        self._building: tuple[AnswerRecord, Future[Documents]] | None = None
         self._models_at = 0.0
         self._held: list[tuple[Callable[[], bool], Callable[[], None]]] = []  # slices read, not yet written
         self._confirmations = Confirmations(store, cases, labels, enqueue)
@@ -338,13 +343,24 @@ class Pipeline:
         self._tell(stored, watch)
 
     def _document_one(self) -> bool:
-        record = self._store.undocumented()
-        if record is None:
+        if self._building is None:
+            record = self._store.undocumented()
+            if record is None:
+                return False
+            if self._builder is None:
+                self._deliver(record, build_documents(record, self._spool, self._now()))
+                return True
+            self._building = record, self._builder.submit(record, self._spool, self._now())
+        record, future = self._building
+        if not future.done():
             return False
-        documents = build_documents(record, self._spool, self._now())
+        self._building = None
+        self._deliver(record, finished(future))
+        return True
+
+    def _deliver(self, record: AnswerRecord, documents: Documents) -> None:
         self._store.add_documents(record, documents.state, documents.display, documents.rows)  # deliver
         self._delivered()
-        return True
 
     def _infer(self, serving: Serving, pixels: Images) -> Outputs:
         try:

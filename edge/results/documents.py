@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
+import os
+import signal
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +24,9 @@ from edge.results.tables import AnswerRecord
 from shared.errors import PeerError, StateError
 from shared.log import get_logger
 
+_NICE = 10
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
 
 class Documents(Struct, frozen=True):
     """`state` is "built", or why nothing could be; `display` a PNG, None when no head read the image."""
@@ -25,6 +34,45 @@ class Documents(Struct, frozen=True):
     state: str
     display: bytes | None
     rows: list[dict[str, Any]]  # of the table deliveries
+
+
+class Builder:
+    """Builds documents in a niced child process: highdicom's Python would keep the next answer waiting.
+
+    The child ends with its parent, also when that is killed. A child that dies over a document gives no document and
+    the reason; the next one gets a new child.
+    """
+
+    def __init__(self) -> None:
+        self._pool = self._start()
+
+    def submit(self, record: AnswerRecord, spool: Path, now: float) -> Future[Documents]:
+        """Returns at once; the future's result is that of `build_documents`."""
+        try:
+            return self._pool.submit(build_documents, record, spool, now)
+        except BrokenProcessPool:
+            self._pool = self._start()
+            return self._pool.submit(build_documents, record, spool, now)
+
+    def close(self) -> None:
+        """Ends the child."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _start(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_be_a_child)
+
+
+def finished(future: Future[Documents]) -> Documents:
+    """Returns a future's documents, or why there are none."""
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return Documents("not built: the process that builds documents died over it", None, [])
+
+
+def _be_a_child() -> None:
+    os.nice(_NICE)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def build_documents(record: AnswerRecord, spool: Path, now: float) -> Documents:

@@ -21,6 +21,7 @@ from edge.inference.engine import load_engine
 from edge.intake.spool import Arriving, Spool
 from edge.pipeline import Pipeline
 from edge.results import reading
+from edge.results.documents import Builder
 from edge.results.reading import WorklistRow
 from edge.results.series import Rules, completeness
 from edge.results.store import MAX_TRIES, Store
@@ -402,6 +403,36 @@ def test_an_object_that_takes_the_process_down_is_quarantined_after_some_tries(n
     node.run()
     (kept,) = reading.quarantine(node.results)
     assert f"ended the process {MAX_TRIES} times" in kept.reason
+
+
+@pytest.fixture
+def builder() -> Iterator[Builder]:
+    made = Builder()
+    yield made
+    made.close()
+
+
+def test_documents_built_in_a_child_are_the_same(tmp_path: Path, builder: Builder) -> None:
+    item = phantom_study("chest-xray", 1, seed=11)
+    nodes = [Node(tmp_path / "a", builder=builder), Node(tmp_path / "b")]
+    built = []
+    for node in nodes:
+        node.put(item)
+        wait_until("the documents", lambda n=node: bool(n.run() or n.count("deliveries")), seconds=60)  # type: ignore[misc]
+        built.append(sqlite3.connect(node.results).execute("SELECT data FROM deliveries ORDER BY kind").fetchall())
+    assert built[0] == built[1]
+
+
+def test_attack_a_document_that_kills_its_builder_stops_nothing(tmp_path: Path, builder: Builder) -> None:
+    node = Node(tmp_path, builder=builder)
+    node.put(phantom_study("chest-xray", 1, seed=11))
+    run_until_idle(node.pipeline)
+    (child,) = builder._pool._processes
+    os.kill(child, signal.SIGKILL)
+    wait_until("the reason", lambda: bool(node.run() or node.count("answers WHERE documents LIKE 'not built%'")))
+    node.put(phantom_study("chest-xray", 1, seed=12))
+    wait_until("the next documents", lambda: bool(node.run() or node.count("deliveries")), seconds=60)
+    assert len(node.worklist()) == 2
 
 
 # -- confirmation ------------------------------------------------------------------------------------------------

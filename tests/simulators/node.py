@@ -19,6 +19,7 @@ from edge.intake.door import Door, Peer
 from edge.intake.spool import Spool
 from edge.pipeline import Pipeline
 from edge.results.cases import CaseStore, Enqueue
+from edge.results.documents import Builder
 from edge.results.sender import Pacs, Sender
 from edge.results.series import Rules
 from edge.results.store import Store
@@ -85,6 +86,7 @@ def make_pipeline(
     enqueue: Enqueue | None = None,
     models: OneModel | None = None,
     quiet_s: float = 0.5,
+    builder: Builder | None = None,
 ) -> Pipeline:
     return Pipeline(
         Store(state / "results.sqlite", state / "intake.sqlite"),
@@ -97,6 +99,7 @@ def make_pipeline(
         enqueue=enqueue,
         delivered=lambda: None,
         clock=clock or SystemClock(),
+        builder=builder,
     )
 
 
@@ -128,7 +131,7 @@ def main() -> None:
             time.sleep(1)
     sender = make_sender(state, int(sys.argv[3]))
     sender.start()
-    pipeline = make_pipeline(state)
+    pipeline = make_pipeline(state, builder=Builder())
     while True:
         if not pipeline.step():
             time.sleep(0.01)
