@@ -79,9 +79,7 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
         connection.execute("COMMIT")
 
 
-def insert(
-    connection: sqlite3.Connection, table: str, row: Mapping[str, Any], *, on_conflict: str = ""
-) -> bool:
+def insert(connection: sqlite3.Connection, table: str, row: Mapping[str, Any], *, on_conflict: str = "") -> bool:
     """Inserts one row, named columns only, and tells whether it was new.
 
     `table`, the keys and `on_conflict` ("OR IGNORE", "OR REPLACE") are words of ours, never input.
