@@ -24,7 +24,7 @@ from edge.learning.judging import judge, open_model
 from edge.learning.training import PrefixCache, train
 from models import hybrid
 from models.data import Samples, phantoms
-from models.package import build_candidate, columns, look, read_package
+from models.package import Seen, build_candidate, columns, look, read_package
 from models.reference import reference_set
 from shared.package.manifest import Manifest
 from shared.update.codec import encode
@@ -97,8 +97,9 @@ def campaign(
     manifest = read_package(package)
     reference = reference or reference_set(0, 150)
     weights = {n: np.asarray(t, np.float32) for n, t in load_file(package / manifest.weights).items()}
+    seen = look(package / manifest.variant(plan.variant).file, reference)
     if plan.lane != "slow":
-        _refit(weights, package, manifest, hospitals, plan.variant, reference)
+        _refit(weights, package, manifest, hospitals, plan.variant, seen)
     done: list[Round] = []
     for number in range(1, 2 if plan.lane == "fast" else plan.max_rounds + 1):
         began = time.monotonic()
@@ -115,7 +116,7 @@ def campaign(
             work / str(number), model, package, release=manifest.release + 1, created="", provenance={},
             metrics={}, reference=reference,
         )  # fmt: skip
-        compared = compare(package, work / str(number), built, plan.variant, reference)
+        compared = compare(seen, work / str(number), built, plan.variant)
         made = time.monotonic()
         old, new = (open_model(folder / built.variant(plan.variant).file) for folder in (package, work / str(number)))
         sites = {h.name: judge(old, new, h.held_out, manifest.heads) for h in judges or hospitals}
@@ -162,10 +163,9 @@ def _refit(
     manifest: Manifest,
     hospitals: Sequence[Hospital],
     variant: str,
-    reference: Samples,
+    replay: Seen,
 ) -> None:
     graph = package / manifest.variant(variant).file
-    replay = look(graph, reference)
     for index, head in enumerate(manifest.heads):
         mine = [(h.name, h.training.of(index)) for h in hospitals if len(h.training.of(index))]
         if not mine:
