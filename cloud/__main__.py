@@ -2,4 +2,5 @@
 
 from cloud.cli import main
 
-main()
+if __name__ == "__main__":  # a spawned child imports this module under another name
+    main()

@@ -128,6 +128,7 @@ def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
     from edge.inference.golden import golden_proof
     from edge.pipeline import Models, Pipeline
     from edge.results.cases import CaseStore
+    from edge.results.documents import Builder
     from edge.results.sender import Pacs, Sender
     from edge.results.series import Rules
     from edge.results.store import Store
@@ -158,6 +159,7 @@ def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
         sender.start()
     drops = state / "outbox" / "drop"
     drops.mkdir(parents=True, exist_ok=True)
+    builder = Builder()
     pipeline = Pipeline(
         store,
         state / "spool",
@@ -169,12 +171,14 @@ def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
         enqueue=partial(drop, drops) if config.learning.features == "features" else None,
         delivered=sender.wake if sender else lambda: None,
         clock=clock,
+        builder=builder,
     )
     engine, manifest, package = swapper.serving()
     announce(config.run_folder, "pipeline", package=package, release=manifest.release, variant=engine.variant)
     while not stop.is_set():
         if not pipeline.step():
             ear.wait(PIPELINE_LOOK_S)
+    builder.close()
     if sender:
         sender.stop()
     store.close()
