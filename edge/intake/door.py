@@ -82,7 +82,7 @@ class Peer(Struct, frozen=True):
 
 
 class Door:
-    """The node's DICOM listener; an empty allow-list lets every caller in, as the configuration says.
+    """The node's DICOM listener; an empty allow-list lets nobody in.
 
     `nudge` is called after an object is durable and after an association has ended, from the
     association's thread.
@@ -177,7 +177,7 @@ class Door:
         title = str(association.requestor.primitive.calling_ae_title).strip()
         address = str(association.requestor.address_info.address)
         known = any(title == allowed and _inside(address, network) for allowed, network in self._allow)
-        if known or not self._allow:
+        if known:
             self._count("associations")
             return
         self._count("rejected")

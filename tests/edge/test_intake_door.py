@@ -91,6 +91,14 @@ def test_attack_the_right_title_from_another_address_is_rejected(tmp_path: Path)
         door.stop()
 
 
+def test_attack_an_empty_allow_list_lets_nobody_in(tmp_path: Path) -> None:
+    door = make_door(make_spool(tmp_path), allow=())
+    try:
+        assert "Calling AE Title Not Recognized" in echoscu(door.port).stderr
+    finally:
+        door.stop()
+
+
 def test_storescu_delivers_a_series(room: Room, tmp_path: Path) -> None:
     study = phantom_study("chest-ct", 0, seed=1, slices=8)
     sent = storescu(room.door.port, write_files(tmp_path / "send", study))
