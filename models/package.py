@@ -25,6 +25,7 @@ from models.reference import reference_set
 from shared.errors import TrustError
 from shared.files import atomic_write, read_limited, sha256_file, sha256_hex
 from shared.package.manifest import (
+    MANIFEST_LIMIT_BYTES,
     MANIFEST_NAME,
     Head,
     Manifest,
@@ -40,7 +41,7 @@ FP32, U8S8 = "cpu-fp32", "cpu-u8s8"
 # A variant's logits move this much between machines of one kind (fused operators round differently).
 TOLERANCE = {FP32: 1e-3, U8S8: 5e-2}
 CALIBRATION_IMAGES = 30  # phantoms that a candidate's own ranges come from
-SCOPE_MARGIN = 1.5  # a study may be this much farther than the farthest usual one
+SCOPE_MARGIN = 1.1  # a study may be this much farther than the farthest usual one
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,13 @@ def golden_cases() -> Samples:
 
 
 def read_package(folder: Path) -> Manifest:
-    """Returns the manifest of the package in `folder` after checking all of its files; TrustError when one differs."""
-    return verify_package(folder, sha256_file(folder / MANIFEST_NAME))
+    """Returns the manifest of the package in `folder` after checking all of its files against it.
+
+    Raises:
+        StateError: there is no manifest.
+        TrustError: a file differs from what the manifest says.
+    """
+    return verify_package(folder, sha256_hex(read_limited(folder / MANIFEST_NAME, MANIFEST_LIMIT_BYTES)))
 
 
 def read_ranges(folder: Path) -> Ranges:
