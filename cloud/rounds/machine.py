@@ -51,7 +51,7 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True):
     quorum: Annotated[float, Meta(gt=0, le=1)] = 0.6
     train_seconds: Annotated[float, Meta(gt=0)] = 300.0
     judge_seconds: Annotated[float, Meta(gt=0)] = 300.0
-    epochs: Annotated[int, Meta(ge=1, le=100)] = 4
+    epochs: Annotated[int, Meta(ge=1, le=100)] = 2
     learning_rate: Annotated[float, Meta(gt=0, le=1)] = 4e-4
     batch: Annotated[int, Meta(ge=1, le=512)] = 8
     keep: Annotated[float, Meta(gt=0, le=1)] = 0.1
