@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import ASGIApp
 
 from cloud.access import audit
+from cloud.config import PROCESSES
 from cloud.parts import Cloud, refresh_certificates
 from cloud.rollout.plan import Policy
 from cloud.rounds.shell import start_campaign
@@ -155,7 +156,6 @@ _RUN: dict[str, Callable[[Cloud, threading.Event], None]] = {
     "rounds": run_rounds,
     "trainer": run_trainer,
 }
-PROCESSES = tuple(_RUN)
 
 
 def run_process(name: str, cloud: Cloud, stop: threading.Event) -> None:

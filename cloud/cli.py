@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from cloud.app import PROCESSES, deeds, run_process, supervise
-from cloud.config import TEMPLATE, load_config
-from cloud.parts import Cloud, found
+from cloud.config import PROCESSES, TEMPLATE, load_config
 from cloud.registry.officer import create_officer, sign_proposal
 from shared.clock import SystemClock
 from shared.console import run_cli
@@ -19,6 +17,9 @@ from shared.errors import ConfigError
 from shared.files import atomic_write
 from shared.log import configure
 from shared.supervise import stop_on_signals
+
+if TYPE_CHECKING:
+    from cloud.parts import Cloud
 
 CONSOLE_ACTOR = "console"  # whoever may read the state folder; the machine's own accounts say who that is
 
@@ -35,9 +36,18 @@ ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The cloud's 
 DEFAULT_CONFIG = Path("cloud.toml")
 
 
+def _open(config: Path) -> Cloud:
+    """Returns the cloud of a configuration; imported here because officers' commands need nothing of it."""
+    from cloud.parts import Cloud
+
+    return Cloud(load_config(config))
+
+
 @app.command()
 def init(folder: Path) -> None:
     """Writes FOLDER/cloud.toml and the state folder; prints the first administrator's one-time link once."""
+    from cloud.parts import Cloud, found
+
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "cloud.toml"
     if not path.exists():
@@ -56,7 +66,7 @@ def invite(site: str, node: str, config: ConfigOption = DEFAULT_CONFIG) -> None:
     """Prints a single-use token with which the node SITE/NODE enrols within the hour."""
     from cloud.access import enrolment
 
-    cloud = Cloud(load_config(config))
+    cloud = _open(config)
     cloud.welcome()  # without officers a node would enrol and then trust nobody
     with cloud.engine.begin() as conn:
         token = enrolment.invite(conn, cloud.clock, cloud.authority, site, node, actor=CONSOLE_ACTOR)
@@ -68,7 +78,7 @@ def person(name: str, role: Annotated[str, typer.Option()], config: ConfigOption
     """Prints a one-time link with which NAME sets a password: a new person, or one who forgot it."""
     from cloud.access import people
 
-    cloud = Cloud(load_config(config))
+    cloud = _open(config)
     with cloud.engine.begin() as conn:
         link = people.invite_person(conn, cloud.clock, name, people.role_named(role), actor=CONSOLE_ACTOR)
     out.print(f"{cloud.people_url}/welcome/{link}")
@@ -82,9 +92,11 @@ def run(
     """Runs the cloud until SIGTERM or Ctrl-C; with --only, one of its processes."""
     if only is not None and only not in PROCESSES:
         raise ConfigError(f"There is no process {only}.", cure=f"Choose one of {', '.join(PROCESSES)}.")
+    from cloud.app import run_process, supervise
+
     stop = stop_on_signals()
     configure(only or "cloud")
-    cloud = Cloud(load_config(config))
+    cloud = _open(config)
     if only:
         run_process(only, cloud, stop)
     else:
@@ -99,7 +111,9 @@ def rollout(
     config: ConfigOption = DEFAULT_CONFIG,
 ) -> None:
     """Orders a published RELEASE on all or on named nodes."""
-    cloud = Cloud(load_config(config))
+    from cloud.app import deeds
+
+    cloud = _open(config)
     with cloud.engine.begin() as conn:
         deeds(cloud).roll_out(conn, release, _nodes(all_nodes, node), CONSOLE_ACTOR)
     out.print(f"Release {release} is ordered.")
@@ -112,7 +126,9 @@ def rollback(
     config: ConfigOption = DEFAULT_CONFIG,
 ) -> None:
     """Sends all or named nodes back to the release before, by explicit signed permission."""
-    cloud = Cloud(load_config(config))
+    from cloud.app import deeds
+
+    cloud = _open(config)
     with cloud.engine.begin() as conn:
         deeds(cloud).roll_back(conn, _nodes(all_nodes, node), CONSOLE_ACTOR)
     out.print("The release before is ordered.")
@@ -125,7 +141,9 @@ def campaign_start(
     config: ConfigOption = DEFAULT_CONFIG,
 ) -> None:
     """Starts learning with every node: the fast lane, then rounds until the gate passes a candidate."""
-    cloud = Cloud(load_config(config))
+    from cloud.app import deeds
+
+    cloud = _open(config)
     with cloud.engine.begin() as conn:
         plan = {"lane": lane, "max_rounds": max_rounds}
         out.print(deeds(cloud).start_campaign(conn, plan, CONSOLE_ACTOR))
@@ -146,7 +164,7 @@ def release_propose(
 
     Later releases are proposed by the gate alone.
     """
-    cloud = Cloud(load_config(config))
+    cloud = _open(config)
     out.print(str(cloud.repository.propose_root(officer, founding=cloud.baseline())))
 
 
@@ -159,7 +177,7 @@ def release_sign(officer: Path, proposal: Path) -> None:
 @release_app.command("publish")
 def release_publish(proposal: Path, config: ConfigOption = DEFAULT_CONFIG) -> None:
     """Publishes the folder PROPOSAL once a threshold of officers has signed it."""
-    cloud = Cloud(load_config(config))
+    cloud = _open(config)
     published = cloud.publish(proposal, CONSOLE_ACTOR)
     out.print(f"Published release {published.release}.")
 
@@ -169,7 +187,7 @@ def release_list(config: ConfigOption = DEFAULT_CONFIG) -> None:
     """Shows proposals and releases, newest first."""
     from cloud.web.fleet import list_releases
 
-    cloud = Cloud(load_config(config))
+    cloud = _open(config)
     table = Table("release", "package", "state", "gate", "published", "proposal")
     with cloud.engine.begin() as conn:
         cloud.sync_releases(conn)
@@ -190,7 +208,7 @@ def backup(
     """Writes the keys, the registry and the database into one encrypted FILE."""
     from cloud.access.backup import write_backup
 
-    cloud = Cloud(load_config(config))
+    cloud = _open(config)
     count = write_backup(cloud.config.state, cloud.engine, file, passphrase_file)
     out.print(f"{count} files and tables in {file}.")
 
@@ -214,7 +232,7 @@ def audit_verify(config: ConfigOption = DEFAULT_CONFIG) -> None:
     """Recomputes the audit log's chain and prints its length and newest digest."""
     from cloud.access import audit
 
-    with Cloud(load_config(config)).engine.connect().execution_options(read_only=True) as conn:
+    with _open(config).engine.connect().execution_options(read_only=True) as conn:
         count, digest = audit.verify(conn)
     out.print(f"{count} entries, unchanged. Newest digest: {digest}")
 

@@ -10,6 +10,7 @@ from pydantic_settings import SettingsConfigDict
 
 from shared.settings import Section, Settings, read_settings
 
+PROCESSES = ("api", "ingest", "worker", "rounds", "trainer")
 Port = Annotated[int, Field(ge=0, le=65535, description="a TCP port, 1 to 65535; 0 chooses a free one.")]
 Name = Annotated[str, Field(min_length=1, max_length=253, description="a host name or address.")]
 

@@ -11,8 +11,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import alembic.command
-import alembic.config
 from sqlalchemy import Connection, DateTime, Dialect, Engine, MetaData, create_engine, event, make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.types import TypeDecorator
@@ -61,9 +59,7 @@ def open_engine(url: str) -> Engine:
     if parsed.get_backend_name() == "postgresql":
         return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
     if parsed.get_backend_name() != "sqlite":
-        raise ConfigError(
-            f"The database {parsed.drivername} is not supported.", cure="Use sqlite or postgresql."
-        )
+        raise ConfigError(f"The database {parsed.drivername} is not supported.", cure="Use sqlite or postgresql.")
     engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S})
 
     @event.listens_for(engine, "connect")
@@ -96,12 +92,13 @@ def upgrade(url: str) -> None:
     Raises:
         StateError: the database cannot be reached or a revision fails.
     """
+    import alembic.command
+    import alembic.config
+
     configuration = alembic.config.Config()
     configuration.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     configuration.attributes["url"] = url
     try:
         alembic.command.upgrade(configuration, "head")
     except SQLAlchemyError as exc:
-        raise StateError(
-            f"The database cannot be upgraded: {exc}.", cure="Check the URL and the server."
-        ) from exc
+        raise StateError(f"The database cannot be upgraded: {exc}.", cure="Check the URL and the server.") from exc
