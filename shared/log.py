@@ -51,7 +51,11 @@ def configure(process: str, **fields: str) -> None:
     )
     structlog.contextvars.bind_contextvars(process=process, **fields)
     # Third-party libraries log through the standard library: warnings only, and never a data set.
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format='{"level": "%(levelname)s", "logger": "%(name)s", "event": %(message)r}')
+    logging.basicConfig(
+        level=logging.WARNING,
+        stream=sys.stderr,
+        format='{"level": "%(levelname)s", "logger": "%(name)s", "event": %(message)r}',
+    )
     logging.getLogger("pynetdicom").setLevel(logging.ERROR)
     logging.getLogger("pydicom").setLevel(logging.ERROR)
 

@@ -63,7 +63,9 @@ def test_a_broken_picture_is_seen(tmp_path: Path, file: str, line: str) -> None:
     path = tmp_path / file
     path.parent.mkdir(parents=True)
     path.write_text(f"def late():\n    {line}\n")
-    assert violations(tmp_path, file.split("/")[0]) == [f"{file} -> {line.split()[1].split('.')[0]}"]
+    assert violations(tmp_path, file.split("/", maxsplit=1)[0]) == [
+        f"{file} -> {line.split()[1].split('.', maxsplit=1)[0]}"
+    ]
 
 
 def test_no_pinned_dependency_owns_our_import_names() -> None:

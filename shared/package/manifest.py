@@ -104,9 +104,7 @@ class Manifest(Struct, frozen=True):
     created: str  # ISO 8601 UTC
     architecture: str  # name in models/, e.g. hybrid-1
     weights: FileName  # safetensors, half precision, BatchNorm folded
-    golden: (
-        FileName  # safetensors: `image` uint8 (N, H, W), `head` int64 (N,), `logits.<variant>` float32 (N, K)
-    )
+    golden: FileName  # safetensors: `image` uint8 (N, H, W), `head` int64 (N,), `logits.<variant>` float32 (N, K)
     card: FileName
     feature_size: int
     heads: list[Head]

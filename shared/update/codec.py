@@ -90,9 +90,7 @@ def decode(blob: bytes, layout: Layout) -> dict[str, Vector]:
     if blob[: len(MAGIC)] != MAGIC or len(blob) < HEADER_BYTES:
         raise PeerError("Not an update blob of this format.")
     if blob[len(MAGIC) : HEADER_BYTES].hex() != layout.schema:
-        raise PeerError(
-            "The update speaks about other tensors than this round's.", cure="Train from the task."
-        )
+        raise PeerError("The update speaks about other tensors than this round's.", cure="Train from the task.")
     body = _Body(_decompress(blob[HEADER_BYTES:], _longest_body(layout)))
     tensors = {entry.name: _decode_tensor(body, entry).reshape(entry.shape) for entry in layout.entries}
     body.end()
@@ -103,9 +101,7 @@ def _kept(size: int, keep: float) -> int:
     return size if size < DENSE_BELOW else min(size, max(1, math.ceil(size * keep)))
 
 
-def _encode_tensor(
-    total: Vector, entry: Entry, keep: float, rng: np.random.Generator
-) -> tuple[bytes, Vector]:
+def _encode_tensor(total: Vector, entry: Entry, keep: float, rng: np.random.Generator) -> tuple[bytes, Vector]:
     size, kept = entry.size, _kept(entry.size, keep)
     if kept == size:
         indices = np.arange(size, dtype=np.int64)
@@ -119,9 +115,7 @@ def _encode_tensor(
     halves = _round_up(largest / np.float32(LEVELS))  # (channels,) uint16
     scale = _widen(halves)[channel]  # (kept,)
     exact = np.divide(total[indices], scale, out=np.zeros(kept, np.float32), where=scale > 0)  # -127..127
-    codes = np.clip(np.floor(exact + rng.random(kept, np.float32)), -LEVELS, LEVELS).astype(
-        np.int8
-    )  # (kept,)
+    codes = np.clip(np.floor(exact + rng.random(kept, np.float32)), -LEVELS, LEVELS).astype(np.int8)  # (kept,)
     decoded = np.zeros(size, np.float32)
     decoded[indices] = codes * scale
     return head + halves.tobytes() + codes.tobytes(), decoded
@@ -169,9 +163,7 @@ def _decode_gaps(body: _Body, kept: int, size: int) -> Indices:
     if len(ends) != kept:
         raise PeerError("A gap stream holds another number of gaps than it says.")
     packed = np.frombuffer(body.take((kept * bits + 7) // 8), np.uint8)
-    remainder = np.unpackbits(packed)[: kept * bits].reshape(kept, bits) @ (
-        1 << np.arange(bits, dtype=np.int64)
-    )
+    remainder = np.unpackbits(packed)[: kept * bits].reshape(kept, bits) @ (1 << np.arange(bits, dtype=np.int64))
     quotient = np.diff(ends, prepend=-1) - 1
     indices = np.cumsum((quotient << bits) + remainder + 1) - 1  # (kept,) ascending by construction
     if indices[-1] >= size:

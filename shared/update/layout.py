@@ -86,9 +86,7 @@ class Layout:
 
 def norm(tensors: Tensors) -> float:
     """Returns the L2 norm over all values, summed in double precision."""
-    return math.sqrt(
-        sum(float(np.vdot(v, v)) for v in (t.astype(np.float64).ravel() for t in tensors.values()))
-    )
+    return math.sqrt(sum(float(np.vdot(v, v)) for v in (t.astype(np.float64).ravel() for t in tensors.values())))
 
 
 def clip(tensors: Tensors, limit: float) -> dict[str, Vector]:
@@ -96,6 +94,4 @@ def clip(tensors: Tensors, limit: float) -> dict[str, Vector]:
     length = norm(tensors)
     if length <= limit:
         return dict(tensors)
-    return {
-        name: np.asarray(value * np.float32(limit / length), np.float32) for name, value in tensors.items()
-    }
+    return {name: np.asarray(value * np.float32(limit / length), np.float32) for name, value in tensors.items()}

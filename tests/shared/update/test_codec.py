@@ -54,9 +54,7 @@ def test_receiver_gets_exactly_what_the_sender_thinks_it_sent(shapes, keep, seed
         rounding = 1.2e-7 * np.maximum(np.abs(received[name]), np.abs(whole)) + 1e-30
         assert (np.abs(received[name] + coded.residual[name] - whole) <= rounding).all()
         rows = whole.reshape(whole.shape[0] if whole.ndim > 1 else 1, -1)
-        step = (
-            np.abs(rows).max(axis=1, keepdims=True) / LEVELS * (1 + 2**-7)
-        )  # scales are rounded up to 8 bits
+        step = np.abs(rows).max(axis=1, keepdims=True) / LEVELS * (1 + 2**-7)  # scales are rounded up to 8 bits
         error = np.abs(received[name].reshape(rows.shape) - rows)
         assert (error[received[name].reshape(rows.shape) != 0] <= np.broadcast_to(step, rows.shape)[
             received[name].reshape(rows.shape) != 0] * 1.0001).all()  # fmt: skip
