@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import os
 import tracemalloc
 from pathlib import Path
 
@@ -23,9 +22,7 @@ from shared.package.input_spec import PixelMeaning, to_model_input
 from shared.package.manifest import Head
 from tests.simulators.modality import phantom_study, to_bytes
 from tests.simulators.node import baseline
-
-DATA = Path(os.environ.get("RADFLEET_DATA", "/work/shared/data"))
-needs_data = pytest.mark.skipif(not (DATA / "dicom").is_dir(), reason="real data is absent: no dicom folder")
+from tests.simulators.real_data import DATA, needs_data
 
 
 def frames_of(path: Path) -> tuple[ImageHead, list[np.ndarray], PixelMeaning]:

@@ -30,9 +30,7 @@ from tests.simulators.modality import (
     write_files,
 )
 from tests.simulators.node import make_door, make_spool
-
-DATA = Path(os.environ.get("RADFLEET_DATA", "/work/shared/data"))
-needs_data = pytest.mark.skipif(not (DATA / "dicom").is_dir(), reason="real data is absent: no dicom folder")
+from tests.simulators.real_data import DATA, needs_data
 
 
 @dataclass

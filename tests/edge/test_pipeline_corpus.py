@@ -9,9 +9,9 @@ import pytest
 
 from edge.intake.spool import Arriving, RefusedError
 from edge.results import reading
-from tests.edge.test_intake_door import DATA, needs_data
 from tests.edge.test_pipeline import Node
 from tests.simulators.modality import split_file
+from tests.simulators.real_data import DATA, needs_data
 
 
 @needs_data
