@@ -14,7 +14,7 @@ def nudge(path: Path) -> None:
     """Wakes whoever listens at `path`; says nothing when nobody does."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.setblocking(False)
-        with contextlib.suppress(OSError), _short(path) as name:
+        with contextlib.suppress(OSError), short_name(path) as name:
             sender.sendto(b"!", name)
 
 
@@ -26,7 +26,7 @@ class Ear:
         path.unlink(missing_ok=True)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
-        with _short(path) as name:
+        with short_name(path) as name:
             self._socket.bind(name)
 
     def wait(self, seconds: float) -> bool:
@@ -45,7 +45,7 @@ class Ear:
 
 
 @contextlib.contextmanager
-def _short(path: Path) -> Iterator[str]:
+def short_name(path: Path) -> Iterator[str]:
     """Names the socket through its folder's descriptor: the kernel takes 107 bytes, state folders may be deeper."""
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
     try:
