@@ -69,6 +69,8 @@ def shipped_package() -> Path:
 def ports(config: EdgeConfig) -> dict[str, int]:
     """Returns the ports of the door and the page, chosen once where the configuration says 0."""
     wanted = {"dicom": (config.dicom.host, config.dicom.port), "web": (config.web.host, config.web.port)}
+    if config.dicom.tls:
+        wanted["dicom_tls"] = (config.dicom.host, config.dicom.tls.port)
     return fix_ports(config.run_folder / "ports.json", wanted)
 
 
@@ -86,19 +88,32 @@ def node_name(state: Path) -> str:
 
 def run_intake(config: EdgeConfig, stop: threading.Event) -> None:
     """Runs the DICOM door until `stop`."""
-    from edge.intake.door import Door, Peer
+    from edge.intake.door import Door
+    from edge.intake.peers import AllowList, Peer, admitted_callers
     from edge.intake.spool import Spool
+    from edge.intake.tls import Tls
 
-    clock, state = SystemClock(), config.state
-    spool = Spool(state / "spool", state / "intake.sqlite", limit_bytes=config.room.spool_limit_bytes, clock=clock)
+    clock, state, dicom = SystemClock(), config.state, config.dicom
+    spool = Spool(
+        state / "spool",
+        state / "intake.sqlite",
+        limit_bytes=config.room.spool_limit_bytes,
+        quarantine_limit_bytes=config.room.quarantine_limit_bytes,
+        clock=clock,
+    )
+    peers = [Peer(**peer.model_dump()) for peer in dicom.allow]
+    chosen = ports(config)
     door = Door(
         spool,
-        ae_title=config.dicom.ae_title,
-        host=config.dicom.host,
-        port=ports(config)["dicom"],
-        allow=[Peer(peer.ae_title, peer.address) for peer in config.dicom.allow],
+        ae_title=dicom.ae_title,
+        host=dicom.host,
+        port=chosen["dicom"],
+        allow=AllowList(peers, admitted_callers(state / "labels.sqlite")),
         nudge=lambda: nudge(config.run_folder / "pipeline.sock"),
         clock=clock,
+        tls=Tls(dicom.tls.certificate, dicom.tls.key, dicom.tls.ca, dicom.tls.profile) if dicom.tls else None,
+        tls_port=chosen.get("dicom_tls", 0),
+        private_classes=dicom.private_classes,
     )
     door.start()
     announce(config.run_folder, "intake", ae_title=config.dicom.ae_title, port=door.port)

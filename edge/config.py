@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from edge.forward.rules import SENT, Action, Priority, Rule
 from shared.settings import Section, Settings, read_settings
 
 AeTitle = Annotated[str, Field(pattern=r"^[\x21-\x5b\x5d-\x7e][\x20-\x5b\x5d-\x7e]{0,15}$")]
@@ -22,6 +23,10 @@ class NodeSection(Section):
 class PeerSection(Section):
     ae_title: AeTitle = Field(description="an AE title of 1 to 16 characters, no backslash.")
     address: str = Field(default="", description="the peer's IP address or network; empty allows any.")
+    port: int = Field(default=0, ge=0, le=65535, description="where the peer listens, for commitment reports.")
+    associations: int = Field(default=112, ge=1, le=112, description="associations at a time, 1 to 112.")
+    objects_per_second: float = Field(default=0.0, ge=0, description="objects a second, 0 for no limit.")
+    object_limit_bytes: int = Field(default=4_294_967_296, ge=1, description="bytes of one object.")
 
     @model_validator(mode="after")
     def _address(self) -> PeerSection:
@@ -30,17 +35,82 @@ class PeerSection(Section):
         return self
 
 
+class TlsSection(Section):
+    port: Port = 2762
+    certificate: Path = Field(description="a PEM file with the door's certificate chain.")
+    key: Path = Field(description="a PEM file with the key of that certificate.")
+    ca: Path = Field(description="a PEM file with the CAs of the clients that may call.")
+    profile: Literal["bcp195", "non-downgrading"] = Field(
+        default="bcp195", description='"bcp195" or "non-downgrading".'
+    )
+
+
 class DicomSection(Section):
     ae_title: AeTitle = Field(default="RADFLEET", description="an AE title of 1 to 16 characters, no backslash.")
     host: str = Field(default="0.0.0.0", description="the address to listen on.")  # noqa: S104  modalities are on the network
     port: Port = 11112
     allow: list[PeerSection] = Field(default=[], description="a list of {ae_title, address}; empty lets nobody in.")
+    private_classes: list[str] = Field(default=[], max_length=100, description="private storage SOP class UIDs.")
+    tls: TlsSection | None = Field(default=None, description="a second port that speaks TLS with client certificates.")
 
 
 class PacsSection(Section):
     ae_title: AeTitle = Field(description="the PACS's AE title.")
     host: str = Field(min_length=1, description="the PACS's host name or address.")
     port: int = Field(ge=1, le=65535, description="the PACS's DICOM port, 1 to 65535.")
+
+
+_Pattern = Annotated[str, Field(min_length=1, max_length=128)]
+Patterns = Annotated[
+    list[_Pattern],
+    Field(max_length=32, description="at most 32 shell patterns of at most 128 characters, any case; empty takes all."),
+]
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$")]
+
+
+class DestinationSection(Section):
+    name: _Name = Field(description="1 to 32 letters, digits, dots, dashes; rules use it.")
+    ae_title: AeTitle = Field(description="its AE title, 1 to 16 characters, no backslash.")
+    host: str = Field(min_length=1, max_length=255, description="its host name or address.")
+    port: int = Field(ge=1, le=65535, description="its DICOM port, 1 to 65535.")
+    ca: Path | None = Field(default=None, description="a PEM file with the CAs that it is trusted by; turns on TLS.")
+    certificate: Path | None = Field(default=None, description="a PEM file with our certificate chain, for TLS.")
+    key: Path | None = Field(default=None, description="a PEM file with the key of that certificate.")
+
+    @model_validator(mode="after")
+    def _whole_tls(self) -> DestinationSection:
+        if (self.certificate is None) != (self.key is None) or (self.certificate and self.ca is None):
+            raise ValueError("certificate and key go together, and with ca")
+        return self
+
+
+class RuleSection(Section):
+    name: str = Field(default="", max_length=64, description="a name for people, at most 64 characters.")
+    action: Action = Field(description='"analyse", "forward", "both", "keep" or "ignore".')
+    destinations: list[str] = Field(default=[], max_length=16, description="names of [[destination]], at most 16.")
+    priority: Priority = Field(default="normal", description='"high", "normal" or "low".')
+    modality: Patterns = []
+    calling_ae: Patterns = []
+    called_ae: Patterns = []
+    sop_class: Patterns = []
+    body_part: Patterns = []
+    study_description: Patterns = []
+    series_description: Patterns = []
+
+    @model_validator(mode="after")
+    def _destinations_where_sent(self) -> RuleSection:
+        if (self.action in SENT) != bool(self.destinations):
+            raise ValueError("forward and both need destinations, the other actions have none")
+        return self
+
+
+class FetchSection(Section):
+    source: str = Field(description="name of the [[destination]] that is asked.")
+    what: Literal["priors", "series"] = Field(description='"priors" or "series".')
+    modality: Patterns = []
+    body_part: Patterns = []
+    count: int = Field(default=1, ge=1, le=20, description="how many priors, 1 to 20.")
+    within_days: int = Field(default=1095, ge=1, le=36500, description="how old a prior may be, days, 1 to 36500.")
 
 
 class WebSection(Section):
@@ -72,6 +142,9 @@ class LearningSection(Section):
     features: Literal["features", "off"] = Field(default="features", description='"features" or "off".')
 
 
+_PEM = ("ca", "certificate", "key")
+
+
 class EdgeConfig(Settings):
     """Everything an operator may set on a node; the paths are absolute."""
 
@@ -80,10 +153,45 @@ class EdgeConfig(Settings):
     node: NodeSection = NodeSection()
     dicom: DicomSection = DicomSection()
     pacs: PacsSection | None = Field(None, description="where reports go; without this section they stay here.")
+    destination: list[DestinationSection] = Field([], max_length=32, description="[[destination]], at most 32.")
+    rule: list[RuleSection] = Field([], max_length=200, description="[[rule]], at most 200; see its destinations.")
+    fetch: list[FetchSection] = Field([], max_length=32, description="[[fetch]], at most 32; see its source.")
     web: WebSection = WebSection()
     room: RoomSection = RoomSection()
     series: SeriesSection = SeriesSection()
     learning: LearningSection = LearningSection()
+
+    @field_validator("destination")
+    @classmethod
+    def _names_once(cls, found: list[DestinationSection]) -> list[DestinationSection]:
+        names = [one.name for one in found]
+        if len(set(names)) < len(names):
+            raise ValueError(f"names stand twice: {', '.join(sorted({name for name in names if names.count(name) > 1}))}")
+        return found
+
+    @field_validator("rule", "fetch")
+    @classmethod
+    def _known_destinations(cls, found: list[Any], info: ValidationInfo) -> list[Any]:
+        if "destination" not in info.data:
+            return found  # its own faults are told
+        known = {one.name for one in info.data["destination"]}
+        wrong = [
+            f"{info.field_name} {number} names {name!r}"
+            for number, one in enumerate(found, 1)
+            for name in (one.destinations if isinstance(one, RuleSection) else [one.source])
+            if name not in known
+        ]
+        if wrong:
+            raise ValueError(f"{'; '.join(wrong)}: no such [[destination]], there are: {', '.join(known) or 'none'}")
+        return found
+
+    @property
+    def rules(self) -> list[Rule]:
+        """The [[rule]] sections in their order, each with a name."""
+        return [
+            Rule(**{**_tuples(one), "name": f"rule {number}" + (f" ({one.name})" if one.name else "")})
+            for number, one in enumerate(self.rule, 1)
+        ]
 
     @property
     def state(self) -> Path:
@@ -92,6 +200,10 @@ class EdgeConfig(Settings):
     @property
     def run_folder(self) -> Path:
         return self.node.state / "run"
+
+
+def _tuples(section: Section) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in section.model_dump().items()}
 
 
 def load_config(path: Path) -> EdgeConfig:
@@ -105,6 +217,10 @@ def load_config(path: Path) -> EdgeConfig:
     web = config.web
     return config.model_copy(
         update={
+            "destination": [
+                one.model_copy(update={name: home / path for name in _PEM if (path := getattr(one, name))})
+                for one in config.destination
+            ],
             "node": config.node.model_copy(update={"state": home / config.node.state}),
             "web": web.model_copy(
                 update={
@@ -127,12 +243,44 @@ state = "state"              # what the node owns: spool, results, labels, keys.
 ae_title = "RADFLEET"
 host = "0.0.0.0"
 port = 11112                 # 0 chooses a free port and writes it to state/run/ports.json
-allow = []                   # who may call, e.g. [{ae_title = "CT1", address = "10.0.0.7"}]; empty: nobody
+allow = []                   # who may call, e.g. [{ae_title = "CT*", address = "10.0.0.0/24"}]; empty: nobody.
+                             # More keys: port (for commitment reports), associations, objects_per_second,
+                             # object_limit_bytes. Unknown callers wait on the page, where one click admits them.
+private_classes = []         # storage SOP class UIDs that no standard names
+
+# [dicom.tls]                # a second port: TLS 1.2 or 1.3, client certificates required
+# port = 2762
+# certificate = "door.pem"   # read again when the files change
+# key = "door.key"
+# ca = "modalities.pem"
+# profile = "bcp195"         # or "non-downgrading"
 
 # [pacs]                     # where reports and evidence images are sent; without it they stay on the node
 # ae_title = "PACS"
 # host = "10.0.0.2"
 # port = 104
+
+# [[destination]]            # an archive that objects are forwarded to, and fetched from
+# name = "archive"           # what rules call it
+# ae_title = "ARCHIVE"
+# host = "10.0.0.3"
+# port = 104
+# ca = "pacs-ca.pem"         # turns on TLS; certificate and key where the archive asks for ours
+
+# [[rule]]                   # the first rule that matches decides; without one an object is analysed
+# name = "mammography"
+# modality = ["MG"]          # shell patterns, any case; also calling_ae, called_ae, sop_class (UID or keyword),
+# body_part = ["BREAST*"]    # body_part, study_description, series_description
+# action = "both"            # analyse, forward, both, keep (neither, but kept), ignore (neither)
+# destinations = ["archive"]
+# priority = "high"          # high, normal, low: the order in the queue, and what the archive is told
+
+# [[fetch]]                  # asks an archive by C-FIND and C-MOVE; it must know our AE title, host and port
+# source = "archive"
+# what = "priors"            # of patient and modality, kept and not analysed; "series": images that a series lacks
+# modality = ["CR", "DX"]    # of what arrives; body_part too
+# count = 1                  # priors, the newest first
+# within_days = 1095
 
 [web]                        # the reading page
 host = "127.0.0.1"           # another address needs certificate and key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import re
 import zlib
@@ -32,6 +33,8 @@ _WANTED = {
     0x0020000D: "study",
     0x0020000E: "series",
 }
+_PATIENT_ID = 0x00100020
+_PIXELS = frozenset({0x7FE00008, 0x7FE00009, 0x7FE00010})
 _UNDEFINED = 0xFFFFFFFF
 _DEFER_BYTES = 4096  # longer values are skipped, never read
 _INFLATED_KEPT_BYTES = 4 * 1024 * 1024  # of a deflated data set only the beginning is looked at
@@ -50,7 +53,9 @@ class DatasetHead(Struct, frozen=True):
     study: str = ""
     series: str = ""
     modality: str = ""
+    patient: str = ""  # SHA-256 of PatientID
     fault: str = ""
+    pixels_at: int = -1  # where the pixel data's value starts in the file; -1 without pixels or when deflated
 
 
 def valid_uid(text: str) -> bool:
@@ -86,10 +91,12 @@ def _walk(source: BinaryIO, offset: int, transfer_syntax: str, end: int | None) 
         source, transfer_syntax == IMPLICIT, transfer_syntax != BIG_ENDIAN, defer_size=_DEFER_BYTES
     )
     found: dict[str, str] = {}
-    fault, last = "", offset
+    fault, last, pixels_at = "", offset, -1
     try:
         for element in elements:
             last = source.tell()
+            if element.tag in _PIXELS and end is not None:
+                pixels_at = int(getattr(element, "value_tell", -1))
             _take(element, found, end)
     except CutError:
         raise
@@ -102,7 +109,30 @@ def _walk(source: BinaryIO, offset: int, transfer_syntax: str, end: int | None) 
     for name in ("sop_class", "sop_instance", "study", "series"):
         if not valid_uid(found.get(name, "")):
             found[name] = ""
-    return DatasetHead(**found, fault=fault)
+    return DatasetHead(**found, fault=fault, pixels_at=pixels_at)
+
+
+def same_pixels(one: Path, one_offset: int, two: Path, two_offset: int, transfer_syntax: str) -> bool:
+    """Tells whether two data sets of one transfer syntax hold the same pixel data, byte for byte, or both hold none.
+
+    True as well where that cannot be told (a deflated or damaged data set): nobody is accused without a proof.
+    """
+    try:
+        digests = {
+            _pixel_digest(path, offset, transfer_syntax) for path, offset in ((one, one_offset), (two, two_offset))
+        }
+    except (CutError, OSError):
+        return True
+    return len(digests) == 1
+
+
+def _pixel_digest(path: Path, offset: int, transfer_syntax: str) -> str:
+    head = read_head(path, offset, transfer_syntax)
+    if head.pixels_at < 0:
+        return ""
+    with path.open("rb") as file:
+        file.seek(head.pixels_at)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _take(element: Any, found: dict[str, str], end: int | None) -> None:
@@ -112,7 +142,10 @@ def _take(element: Any, found: dict[str, str], end: int | None) -> None:
     length = getattr(element, "length", _UNDEFINED)
     if end is not None and length != _UNDEFINED and len(value) < length:
         raise CutError(f"Element {element.tag} has {len(value)} of {length} bytes.")
-    if element.tag in _WANTED:
+    if element.tag == _PATIENT_ID:
+        patient = value.strip(b" \0")
+        found["patient"] = hashlib.sha256(patient).hexdigest() if patient else ""
+    elif element.tag in _WANTED:
         found[_WANTED[element.tag]] = _text(value)
 
 

@@ -2,10 +2,12 @@
 
     spool/<sha256 of transfer syntax and data set>.dcm   Part 10, the data set byte for byte as received
     spool/.<random>.part                                 arriving; removed at the next start
-    intake.sqlite                                        the index; rebuildable from the folder
+    quarantine/<sha256>.dcm                              what the door refused, under a quota
+    intake.sqlite                                        the index; rebuildable from the spool
 
-File names come from digests, never from the wire. Nothing is ever overwritten: the same bytes again are one
-object, other bytes under the same SOP Instance UID stand beside and both rows are flagged.
+File names come from digests, never from the wire. Nothing is ever overwritten: the same bytes again are one object,
+other bytes under the same SOP Instance UID stand beside. Objects that finish at the same time share one fsync of the
+folder and one transaction (group commit): whoever comes first commits for all that wait.
 """
 
 from __future__ import annotations
@@ -14,62 +16,29 @@ import hashlib
 import os
 import secrets
 import shutil
-import sqlite3
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from msgspec import Struct
-from pydicom.dataset import FileMetaDataset
-from pydicom.filebase import DicomBytesIO
 from pydicom.filereader import read_file_meta_info
-from pydicom.filewriter import write_file_meta_info
-from pydicom.uid import UID
 
-from edge.intake.head import CutError, DatasetHead, read_head, valid_uid
+from edge.intake import index as states
+from edge.intake.head import CutError, DatasetHead, read_head, same_pixels, valid_uid
+from edge.intake.index import Index, Visit
+from edge.intake.meta import file_meta
 from edge.intake.status import Outcome
-from edge.sqlite import insert, open_owned, transaction
 from shared.clock import Clock
 from shared.errors import RadfleetError, RoomError, StateError
-from shared.files import fsync_folder, translate_os_error
+from shared.files import translate_os_error
 from shared.log import get_logger
 
-IMPLEMENTATION_UID = "2.25.326184215467394874613452637815163912417"
-IMPLEMENTATION_NAME = "RADFLEET_01"
 OBJECT_LIMIT_BYTES = 4 * 1024 * 1024 * 1024
+QUARANTINE_LIMIT_BYTES = 5_000_000_000
 _FREE_RESERVE_BYTES = 64 * 1024 * 1024  # left on the disk for the databases
 _CHECK_EVERY_BYTES = 4 * 1024 * 1024  # the disk is asked for room once in so many bytes
-
-_SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS objects (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,   -- order of storing; other processes follow it as a cursor
-    digest TEXT NOT NULL UNIQUE,
-    file TEXT NOT NULL,                     -- name inside the spool folder
-    offset INTEGER NOT NULL,                -- where the data set starts, bytes
-    length INTEGER NOT NULL,                -- of the data set, bytes
-    sop_instance TEXT NOT NULL,
-    sop_class TEXT NOT NULL,
-    study TEXT NOT NULL,
-    series TEXT NOT NULL,
-    modality TEXT NOT NULL,
-    transfer_syntax TEXT NOT NULL,
-    calling_ae TEXT NOT NULL,
-    address TEXT NOT NULL,
-    association TEXT NOT NULL,
-    received_at REAL NOT NULL,              -- first byte, seconds since 1970
-    stored_at REAL NOT NULL,                -- durable, seconds since 1970
-    conflict INTEGER NOT NULL,              -- 1: other bytes were stored under the same SOP Instance UID
-    fault TEXT NOT NULL                     -- why the data set could not be walked; empty when it could
-);
-CREATE INDEX IF NOT EXISTS objects_instance ON objects (sop_instance);
-CREATE INDEX IF NOT EXISTS objects_series ON objects (series);
-CREATE TABLE IF NOT EXISTS associations (id TEXT PRIMARY KEY, ended_at REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS counts (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
--- One row: names this index. A rebuilt index gives other ids to the same objects, so whoever follows ids starts again.
-CREATE TABLE IF NOT EXISTS generation (one INTEGER PRIMARY KEY CHECK (one = 1), id TEXT NOT NULL);
-"""
+_WRITE_BUFFER_BYTES = 64 * 1024
 
 
 class Arriving(Struct, frozen=True):
@@ -79,12 +48,14 @@ class Arriving(Struct, frozen=True):
     sop_instance: str
     transfer_syntax: str
     calling_ae: str = ""
+    called_ae: str = ""
     address: str = ""
     association: str = ""
+    limit_bytes: int = OBJECT_LIMIT_BYTES  # of this object, by its sender
 
 
 class RefusedError(RadfleetError):
-    """The object was not kept; `outcome` says why. Nothing of it is left on the disk."""
+    """The object was not kept; `outcome` says why. Its bytes lie in the quarantine."""
 
     exit_code = 65
 
@@ -105,16 +76,22 @@ class Part:
         self._spool = spool
         self._digest = hashlib.sha256(arriving.transfer_syntax.encode() + b"\0")
         self._asked = 0
-        spool.ask_quota(0)
+        spool.ask_quota(0, arriving.limit_bytes)
         try:
-            self.file = self.path.open("xb", buffering=1024 * 1024)
-            _write_preamble(self.file, arriving)
-            self.offset = self.file.tell()
+            self.file = self.path.open("xb", buffering=_WRITE_BUFFER_BYTES)
+            preamble = file_meta(
+                arriving.sop_class,
+                arriving.sop_instance,
+                arriving.transfer_syntax,
+                arriving.calling_ae,
+                arriving.called_ae,
+            )
+            self.offset = self.file.write(preamble)
         except OSError as exc:
             self.discard()
             raise translate_os_error(exc, "the spool") from exc
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Appends bytes of the data set as received.
 
         Raises:
@@ -125,7 +102,7 @@ class Part:
         self.length += len(data)
         self._digest.update(data)
         try:
-            self._spool.ask_quota(self.length)
+            self._spool.ask_quota(self.length, self.arriving.limit_bytes)
             if self.length >= self._asked:
                 self._asked = self.length + _CHECK_EVERY_BYTES
                 self._spool.ask_disk(_CHECK_EVERY_BYTES + len(data))
@@ -144,13 +121,31 @@ class Part:
 
     def discard(self) -> None:
         """Removes the temporary file; safe to call again."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Closes the file, whatever its buffer still holds."""
         file, self.file = self.file, None
         if file is not None:
             try:
                 file.close()
             except OSError:  # the buffered rest found no room: nobody wants it any more
                 get_logger().debug("intake.close_failed")
-        self.path.unlink(missing_ok=True)
+
+
+class _Ticket:
+    """One object that waits for a commit, and what became of it."""
+
+    def __init__(self, part: Part, head: DatasetHead) -> None:
+        self.part = part
+        self.head = head
+        self.outcome: Outcome | None = None
+        self.error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.outcome is not None or self.error is not None
 
 
 class Spool:
@@ -163,19 +158,23 @@ class Spool:
         *,
         limit_bytes: int,
         clock: Clock,
-        object_limit_bytes: int = OBJECT_LIMIT_BYTES,
+        quarantine_limit_bytes: int = QUARANTINE_LIMIT_BYTES,
     ) -> None:
         self.folder = folder
+        self.quarantine_folder = folder.with_name("quarantine")
         self._limit_bytes = limit_bytes
-        self._object_limit_bytes = object_limit_bytes
+        self._quarantine_limit_bytes = quarantine_limit_bytes
         self._clock = clock
-        self._lock = threading.Lock()
-        folder.mkdir(parents=True, exist_ok=True)
-        self._index = open_owned(index, _SCHEMA, _SCHEMA_VERSION)
-        insert(self._index, "generation", {"one": 1, "id": secrets.token_hex(8)}, on_conflict="OR IGNORE")
-        for part in folder.glob(".*.part"):
-            part.unlink()
-        self._used_bytes = 0
+        self._queue: list[_Ticket] = []
+        self._queue_lock = threading.Lock()
+        self._commit_lock = threading.Lock()
+        self._used_bytes = 0  # guarded by the commit lock
+        for one in (folder, self.quarantine_folder):
+            one.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for part in one.glob(".*.part"):
+                part.unlink()
+        self.index = Index(index)
+        self._folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         self.rebuild()
 
     def begin(self, arriving: Arriving) -> Part:
@@ -183,22 +182,22 @@ class Spool:
 
         Raises:
             RoomError: the quota is used up or the disk is full.
-            RefusedError: the SOP Instance UID is not a UID.
         """
-        if not valid_uid(arriving.sop_instance):
-            raise RefusedError(Outcome.BAD_UID, "The command's SOP Instance UID is not a UID.")
         return Part(self, arriving, self._clock.now().timestamp())
 
     def finish(self, part: Part) -> Outcome:
-        """Makes the object durable and returns STORED, DUPLICATE or CONFLICT: success may be answered now.
+        """Makes the object durable and returns an outcome of KEPT: success may be answered now.
 
         Raises:
-            RefusedError: the data set is cut or contradicts the command.
-            RoomError: no room; StateError: the disk or the index failed. In all cases nothing is left
-            behind.
+            RefusedError: the data set is cut, contradicts the command, or its identifier is no UID; the bytes are in
+            the quarantine.
+            RoomError: no room; StateError: the disk or the index failed. Nothing half is ever visible.
         """
         try:
             return self._finish(part)
+        except RefusedError as exc:
+            self._refuse(part, exc)
+            raise
         except OSError as exc:
             raise translate_os_error(exc, "the spool") from exc
         finally:
@@ -215,36 +214,25 @@ class Spool:
             part.discard()
             raise
 
-    def association_ended(self, association: str) -> None:
+    def association_ended(self, association: str, visit: Visit | None = None) -> None:
         """Records that no more objects will come by this association: a hint that a series is complete."""
-        with self._lock, transaction(self._index) as index:
-            index.execute(
-                "INSERT OR IGNORE INTO associations VALUES (?, ?)",
-                (association, self._clock.now().timestamp()),
-            )
+        self.index.association_ended(association, self._clock.now().timestamp(), visit)
 
     def count(self, outcome: Outcome) -> None:
         """Counts an outcome that left no row (a refusal or a duplicate); never raises."""
         try:
-            with self._lock, transaction(self._index) as index:
-                index.execute(
-                    "INSERT INTO counts VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET value = value + 1",
-                    (outcome.value,),
-                )
+            self.index.count(outcome.value)
         except StateError:
             get_logger().warning("intake.count_failed", outcome=outcome.value)
 
     def counts(self) -> dict[str, int]:
         """Returns how often each outcome occurred since the node was set up, by its name."""
-        with self._lock:
-            counts = {row["name"]: int(row["value"]) for row in self._index.execute("SELECT * FROM counts")}
-            stored = self._index.execute("SELECT COUNT(*), COALESCE(SUM(conflict), 0) FROM objects").fetchone()
-        return counts | {"stored": int(stored[0]), "in_conflict": int(stored[1])}
+        return self.index.counts()
 
-    def ask_quota(self, length: int) -> None:
+    def ask_quota(self, length: int, object_limit_bytes: int = OBJECT_LIMIT_BYTES) -> None:
         """Returns when an object may have `length` bytes so far; RoomError otherwise."""
-        if length > self._object_limit_bytes:
-            raise RoomError(f"An object may have {self._object_limit_bytes} bytes.")
+        if length > object_limit_bytes:
+            raise RoomError(f"An object may have {object_limit_bytes} bytes.")
         if self._used_bytes + length > self._limit_bytes:
             raise RoomError(
                 f"The spool holds {self._used_bytes} bytes of {self._limit_bytes}.",
@@ -256,13 +244,24 @@ class Spool:
         if shutil.disk_usage(self.folder).free < length + _FREE_RESERVE_BYTES:
             raise RoomError("The spool's disk is full.", cure="Free disk space.")
 
+    def fullness(self) -> float:
+        """Returns how full the spool is, 0 to 1: of its quota or of the disk, whichever is nearer to its end."""
+        free = max(0, shutil.disk_usage(self.folder).free - _FREE_RESERVE_BYTES)
+        mine = self._used_bytes + free
+        return max(self._used_bytes / self._limit_bytes, self._used_bytes / mine if mine else 1.0)
+
+    def freed(self, length: int) -> None:
+        """Is told that files of `length` bytes were evicted."""
+        with self._commit_lock:
+            self._used_bytes = max(0, self._used_bytes - length)
+
     def rebuild(self) -> int:
         """Brings index and folder together and returns how many orphans were indexed.
 
-        A file without a row was renamed but not indexed when the power went: it gets its row back. A row
-        without a file can only come from somebody deleting files: it stays and imaging reports it.
+        A file without a row was renamed but not indexed when the power went: it gets its row back, and the index a
+        new name. A row without a file can only come from somebody deleting files: it stays and imaging reports it.
         """
-        indexed = {row["file"] for row in self._index.execute("SELECT file FROM objects")}
+        indexed = {row["file"] for row in self.index.rows("SELECT file FROM objects WHERE state <> ?", states.EVICTED)}
         found = 0
         self._used_bytes = 0
         for path in sorted(self.folder.glob("*.dcm"), key=lambda p: p.stat().st_mtime):
@@ -270,18 +269,21 @@ class Spool:
             if path.name not in indexed:
                 found += self._adopt(path)
         if found:
+            self.index.rename()
             get_logger().warning("intake.rebuilt", objects=found)
         return found
 
     def close(self) -> None:
         """Closes the index; the spool is not used afterwards."""
-        with self._lock:
-            self._index.close()
+        self.index.close()
+        os.close(self._folder_fd)
 
     def _finish(self, part: Part) -> Outcome:
         if part.file is None:
             raise StateError("The arriving object was given up.")
-        if self._known(part.digest):
+        if not valid_uid(part.arriving.sop_instance):
+            raise RefusedError(Outcome.BAD_UID, "The command's SOP Instance UID is not a UID.")
+        if self._holds(part.digest):
             self.count(Outcome.DUPLICATE)
             return Outcome.DUPLICATE
         part.file.flush()
@@ -295,50 +297,119 @@ class Spool:
         ):
             if has and has != said:
                 raise RefusedError(Outcome.MISMATCH, f"The command says {said}, the data set {has}.")
-        self.ask_quota(part.length)  # again: others may have filled the quota while this one arrived
         os.fsync(part.file.fileno())
-        name = f"{part.digest}.dcm"
-        part.path.rename(self.folder / name)
-        fsync_folder(self.folder)
-        return self._insert(name, part.offset, part.length, part.arriving, head, part.received_at)
+        ticket = _Ticket(part, head)
+        with self._queue_lock:
+            self._queue.append(ticket)
+        with self._commit_lock:  # whoever comes first commits for all that wait here
+            if not ticket.done:
+                with self._queue_lock:
+                    batch, self._queue = self._queue, []
+                self._commit(batch)
+        if ticket.error is not None:
+            raise ticket.error
+        return ticket.outcome or Outcome.FAULT
 
-    def _known(self, digest: str) -> bool:
-        with self._lock:
-            row = self._index.execute("SELECT file FROM objects WHERE digest = ?", (digest,)).fetchone()
-        return row is not None and (self.folder / row["file"]).exists()
+    def _commit(self, batch: Sequence[_Ticket]) -> None:
+        """Renames, makes the folder durable, and indexes; every ticket is done afterwards."""
+        renamed: dict[str, _Ticket] = {}
+        for ticket in batch:
+            try:
+                self.ask_quota(ticket.part.length)  # again: others may have filled the quota while this one arrived
+                if ticket.part.digest in renamed or self._holds(ticket.part.digest):
+                    ticket.outcome = Outcome.DUPLICATE  # two associations brought the same bytes at once
+                    continue
+                ticket.part.path.rename(self.folder / f"{ticket.part.digest}.dcm")
+                renamed[ticket.part.digest] = ticket
+                self._used_bytes += ticket.part.offset + ticket.part.length
+            except (OSError, RadfleetError) as exc:
+                ticket.error = exc
+        try:
+            if renamed:
+                os.fsync(self._folder_fd)
+                rows = []
+                for ticket in renamed.values():
+                    part, name = ticket.part, f"{ticket.part.digest}.dcm"
+                    row = self._row(name, part.offset, part.length, part.arriving, ticket.head, part.received_at)
+                    rows.append(row)
+                self.index.add(rows)
+                for ticket, row in zip(renamed.values(), rows, strict=True):
+                    ticket.outcome = _outcome(row)
+        except BaseException as exc:  # noqa: BLE001 the others who wait must not wait for ever
+            for ticket in renamed.values():
+                ticket.error = exc
 
-    def _insert(
+    def _row(
         self, name: str, offset: int, length: int, arriving: Arriving, head: DatasetHead, received_at: float
-    ) -> Outcome:
-        with self._lock, transaction(self._index) as index:
-            conflict = _flag_conflicts(index, arriving.sop_instance, name)
+    ) -> dict[str, Any]:
+        conflict, state = self._conflict(name, offset, arriving, head)
+        return {
+            "digest": name.removesuffix(".dcm"),
+            "file": name,
+            "offset": offset,
+            "length": length,
+            "sop_instance": arriving.sop_instance,
+            "sop_class": arriving.sop_class,
+            "study": head.study,
+            "series": head.series,
+            "modality": head.modality,
+            "transfer_syntax": arriving.transfer_syntax,
+            "calling_ae": arriving.calling_ae,
+            "called_ae": arriving.called_ae,
+            "address": arriving.address,
+            "association": arriving.association,
+            "received_at": received_at,
+            "stored_at": self._clock.now().timestamp(),
+            "conflict": int(conflict),
+            "fault": head.fault,
+            "patient": head.patient,
+            "state": state,
+        }
+
+    def _conflict(self, name: str, offset: int, arriving: Arriving, head: DatasetHead) -> tuple[bool, str]:
+        """Whether other bytes stand under the same UID, and the state that follows: an object of another patient or
+        with other pixels is another object, whatever its UID says."""
+        others = [row for row in self.index.digests(arriving.sop_instance) if row["file"] != name]
+        for row in others:
+            if row["patient"] and head.patient and row["patient"] != head.patient:
+                return True, states.IDENTITY_CONFLICT
+            one, two = self.folder / row["file"], self.folder / name
+            if (
+                row["transfer_syntax"] == arriving.transfer_syntax
+                and row["state"] != states.EVICTED
+                and not same_pixels(one, row["offset"], two, offset, arriving.transfer_syntax)
+            ):
+                return True, states.IDENTITY_CONFLICT
+        return bool(others), states.KEPT
+
+    def _refuse(self, part: Part, refused: RefusedError) -> None:
+        """Moves the bytes to the quarantine; what fails here changes nothing in the answer."""
+        name = f"{part.digest}.dcm"
+        arriving = part.arriving
+        try:
+            part.close()
+            part.path.rename(self.quarantine_folder / name)
             row = {
-                "digest": name.removesuffix(".dcm"),
+                "digest": part.digest,
                 "file": name,
-                "offset": offset,
-                "length": length,
-                "sop_instance": arriving.sop_instance,
-                "sop_class": arriving.sop_class,
-                "study": head.study,
-                "series": head.series,
-                "modality": head.modality,
-                "transfer_syntax": arriving.transfer_syntax,
+                "outcome": refused.outcome.value,
+                "reason": refused.message,
                 "calling_ae": arriving.calling_ae,
                 "address": arriving.address,
-                "association": arriving.association,
-                "received_at": received_at,
-                "stored_at": self._clock.now().timestamp(),
-                "conflict": conflict,
-                "fault": head.fault,
+                "sop_class": arriving.sop_class[:64],
+                "sop_instance": arriving.sop_instance[:64],
+                "transfer_syntax": arriving.transfer_syntax,
+                "length": part.length,
+                "at": self._clock.now().timestamp(),
             }
-            # Two associations may bring the same bytes at once: the second row is no second object.
-            new = insert(index, "objects", row, on_conflict="OR IGNORE")
-            if new:
-                self._used_bytes += offset + length
-        if not new:
-            self.count(Outcome.DUPLICATE)
-            return Outcome.DUPLICATE
-        return Outcome.CONFLICT if conflict else Outcome.STORED
+            for file in self.index.quarantine(row, self._quarantine_limit_bytes):
+                (self.quarantine_folder / file).unlink(missing_ok=True)
+        except (OSError, StateError) as exc:
+            get_logger().error("intake.quarantine_failed", error=type(exc).__name__)
+
+    def _holds(self, digest: str) -> bool:
+        row = self.index.known(digest)
+        return row is not None and row["state"] != states.EVICTED and (self.folder / row["file"]).exists()
 
     def _adopt(self, path: Path) -> bool:
         try:
@@ -350,35 +421,18 @@ class Spool:
                 str(meta.MediaStorageSOPInstanceUID),
                 str(meta.TransferSyntaxUID),
                 str(meta.get("SourceApplicationEntityTitle", "")),
+                str(meta.get("ReceivingApplicationEntityTitle", "")),
             )
             head = read_head(path, offset, arriving.transfer_syntax)
         except Exception as exc:  # noqa: BLE001 a file that is not ours stays where it is and is named in the log
             get_logger().error("intake.orphan_unreadable", file=path.name, error=str(exc)[:200])
             return False
         stat = path.stat()
-        self._insert(path.name, offset, stat.st_size - offset, arriving, head, stat.st_mtime)
-        return True
+        row = self._row(path.name, offset, stat.st_size - offset, arriving, head, stat.st_mtime)
+        return self.index.add([row])[0]
 
 
-def _flag_conflicts(index: sqlite3.Connection, sop_instance: str, name: str) -> bool:
-    return (
-        index.execute(
-            "UPDATE objects SET conflict = 1 WHERE sop_instance = ? AND file <> ?", (sop_instance, name)
-        ).rowcount
-        > 0
-    )
-
-
-def _write_preamble(file: BinaryIO, arriving: Arriving) -> None:
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = UID(arriving.sop_class)
-    meta.MediaStorageSOPInstanceUID = UID(arriving.sop_instance)
-    meta.TransferSyntaxUID = UID(arriving.transfer_syntax)
-    meta.ImplementationClassUID = UID(IMPLEMENTATION_UID)
-    meta.ImplementationVersionName = IMPLEMENTATION_NAME
-    if arriving.calling_ae:
-        meta.SourceApplicationEntityTitle = arriving.calling_ae
-    file.write(b"\0" * 128 + b"DICM")
-    encoded = DicomBytesIO()
-    write_file_meta_info(encoded, meta)
-    file.write(encoded.getvalue())
+def _outcome(row: dict[str, Any]) -> Outcome:
+    if row["state"] == states.IDENTITY_CONFLICT:
+        return Outcome.IDENTITY_CONFLICT
+    return Outcome.CONFLICT if row["conflict"] else Outcome.STORED

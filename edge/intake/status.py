@@ -11,6 +11,7 @@ class Outcome(StrEnum):
     STORED = "stored"  # on disk, fsynced, indexed
     DUPLICATE = "duplicate"  # the same bytes were stored before: idempotent success
     CONFLICT = "conflict"  # stored beside other bytes of the same SOP Instance UID; flagged
+    IDENTITY_CONFLICT = "identity_conflict"  # the same, of another patient or with other pixels: kept, not read
     NO_ROOM = "no_room"  # disk, quota or object limit
     MISMATCH = "mismatch"  # command and data set contradict each other about class or instance
     CUT = "cut"  # the data set ends before its own lengths say so
@@ -22,6 +23,7 @@ STATUS: dict[Outcome, int] = {
     Outcome.STORED: 0x0000,
     Outcome.DUPLICATE: 0x0000,
     Outcome.CONFLICT: 0x0000,
+    Outcome.IDENTITY_CONFLICT: 0x0000,
     Outcome.NO_ROOM: 0xA700,  # Refused: Out of Resources (PS3.4 table B.2-1)
     Outcome.MISMATCH: 0xA900,  # Error: Data Set does not match SOP Class
     Outcome.CUT: 0xC000,  # Error: Cannot understand
@@ -29,4 +31,4 @@ STATUS: dict[Outcome, int] = {
     Outcome.FAULT: 0x0110,  # Processing Failure (PS3.7 annex C.4.2): the sender may try again
 }
 
-KEPT = frozenset({Outcome.STORED, Outcome.DUPLICATE, Outcome.CONFLICT})
+KEPT = frozenset({Outcome.STORED, Outcome.DUPLICATE, Outcome.CONFLICT, Outcome.IDENTITY_CONFLICT})

@@ -256,7 +256,7 @@ class Store:
         intake = self._follow_intake()
         return intake is not None and (
             intake.execute(
-                "SELECT 1 FROM objects WHERE series = ? AND id > ?", (series, self._intake_cursor(intake))
+                "SELECT 1 FROM objects WHERE series = ? AND id > ? AND state = 'kept'", (series, self._intake_cursor(intake))
             ).fetchone()
             is not None
         )
@@ -319,7 +319,7 @@ class Store:
         if intake is None:
             return []
         rows = intake.execute(
-            "SELECT * FROM objects WHERE id > ? ORDER BY id LIMIT ?", (self._intake_cursor(intake), _CLAIM_BATCH)
+            "SELECT * FROM objects WHERE id > ? AND state = 'kept' ORDER BY id LIMIT ?", (self._intake_cursor(intake), _CLAIM_BATCH)
         ).fetchall()
         if not rows:
             return []

@@ -16,8 +16,10 @@ from pathlib import Path
 import pydicom
 import pytest
 
-from edge.intake.door import Door, Peer, _contexts
+from edge.intake.door import Door
+from edge.intake.peers import Peer
 from edge.intake.spool import Spool
+from edge.intake.syntaxes import storage_classes
 from scripts.lab.child import wait_until
 from tests.simulators.modality import (
     EXPLICIT,
@@ -116,7 +118,7 @@ def _associations(room: Room) -> int:
 
 
 def test_every_storage_class_that_the_libraries_know_is_accepted() -> None:
-    accepted = {str(context.abstract_syntax) for context in _contexts()}
+    accepted = storage_classes()
     known = {
         uid
         for uid, (name, kind, *_) in pydicom._uid_dict.UID_dictionary.items()
@@ -141,7 +143,7 @@ def _real() -> list[Path]:
 @needs_data
 @pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom warns of what it puts right
 def test_real_objects_of_every_transfer_syntax_are_stored_bit_for_bit(room: Room) -> None:
-    accepted = {str(context.abstract_syntax) for context in _contexts()}
+    accepted = storage_classes()
     syntaxes, refused = set(), []
     for path in _real():
         sop_class, instance, syntax, data = split_file(path)

@@ -57,7 +57,7 @@ def test_the_same_bytes_again_are_one_object(tmp_path: Path) -> None:
     spool.store(arriving(), [DATA])
     assert spool.store(arriving(), [DATA]) is Outcome.DUPLICATE
     assert len(files(spool)) == len(rows(tmp_path)) == 1
-    assert spool.counts() == {"duplicate": 1, "stored": 1, "in_conflict": 0}
+    assert spool.counts() == {"duplicate": 1, "stored": 1, "in_conflict": 0, "identity_conflicts": 0}
 
 
 def test_other_bytes_under_the_same_uid_are_kept_beside_and_both_are_flagged(tmp_path: Path) -> None:
@@ -131,7 +131,8 @@ def test_a_disk_that_fills_while_the_object_arrives_leaves_nothing(
 
 def test_an_index_that_fails_is_no_success(tmp_path: Path) -> None:
     spool = make_spool(tmp_path)
-    spool._index.execute("DROP TABLE objects")
+    with spool.index.durable() as database:
+        database.execute("DROP TABLE objects")
     with pytest.raises((StateError, sqlite3.Error)):
         spool.store(arriving(), [DATA])
 

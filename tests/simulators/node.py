@@ -11,11 +11,13 @@ import sys
 import time
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from edge.inference.engine import OnnxEngine, load_engine
-from edge.intake.door import Door, Peer
+from edge.intake.door import Door
+from edge.intake.peers import AllowList, Peer
 from edge.intake.spool import Spool
 from edge.pipeline import Pipeline
 from edge.results.cases import CaseStore, Enqueue
@@ -71,9 +73,16 @@ def make_spool(state: Path, clock: Clock | None = None, **limits: int) -> Spool:
     )
 
 
-def make_door(spool: Spool, *, allow: tuple[Peer, ...] = (Peer("MODALITY", "127.0.0.1"),)) -> Door:
+def make_door(spool: Spool, *, allow: tuple[Peer, ...] = (Peer("MODALITY", "127.0.0.1"),), **more: Any) -> Door:
     door = Door(
-        spool, ae_title="RADFLEET", host="127.0.0.1", port=0, allow=allow, nudge=lambda: None, clock=SystemClock()
+        spool,
+        ae_title="RADFLEET",
+        host="127.0.0.1",
+        port=0,
+        allow=AllowList(allow),
+        nudge=lambda: None,
+        clock=SystemClock(),
+        **more,
     )
     door.start()
     return door

@@ -1,0 +1,70 @@
+"""TLS of the DICOM door by PS3.15's profiles: BCP 195 RFC 8996, 9325 (B.12) and the non-downgrading kind (B.13)."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from pathlib import Path
+from typing import Literal
+
+from shared.errors import ConfigError
+from shared.log import get_logger
+
+Profile = Literal["bcp195", "non-downgrading"]
+
+# RFC 9325 section 4.2; TLS 1.3's own suites are always on. The server's order wins.
+_RECOMMENDED = ":".join(
+    (
+        "ECDHE-ECDSA-AES256-GCM-SHA384",
+        "ECDHE-RSA-AES256-GCM-SHA384",
+        "ECDHE-ECDSA-AES128-GCM-SHA256",
+        "ECDHE-RSA-AES128-GCM-SHA256",
+    )
+)
+# What B.12 still lets older equipment negotiate: finite-field ephemeral keys of at least 2048 bits.
+_TOLERATED = ":DHE-RSA-AES256-GCM-SHA384:DHE-RSA-AES128-GCM-SHA256"
+
+
+class Tls:
+    """Certificate, key and client CA by path; read again when one of the files changes, without a restart.
+
+    Every client needs a certificate of `ca`. A changed file that cannot be used leaves the last good one in service.
+    """
+
+    def __init__(self, certificate: Path, key: Path, ca: Path, profile: Profile = "bcp195") -> None:
+        self._files = (certificate, key, ca)
+        self._profile = profile
+        self._lock = threading.Lock()
+        self._stamp: tuple[tuple[int, int], ...] = ()
+        self._context: ssl.SSLContext | None = None
+
+    def context(self) -> ssl.SSLContext:
+        """Returns the context for the next connection.
+
+        Raises:
+            ConfigError: the files cannot be used and never could since the start.
+        """
+        with self._lock:
+            try:
+                stamp = tuple((s.st_mtime_ns, s.st_ino) for s in (path.stat() for path in self._files))
+                if self._context is None or stamp != self._stamp:
+                    self._context, self._stamp = self._build(), stamp
+            except (OSError, ssl.SSLError) as exc:
+                if self._context is None:
+                    raise ConfigError(
+                        f"The DICOM door's certificate cannot be used: {exc}.",
+                        cure="Set dicom.tls.certificate, key and ca to PEM files that belong together.",
+                    ) from exc
+                get_logger().error("intake.certificate_unusable", error=type(exc).__name__)
+            return self._context
+
+    def _build(self) -> ssl.SSLContext:
+        certificate, key, ca = self._files
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers(_RECOMMENDED if self._profile == "non-downgrading" else _RECOMMENDED + _TOLERATED)
+        context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE | ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+        context.load_cert_chain(certificate, key)
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(ca)
+        return context
