@@ -11,6 +11,7 @@ import json
 import os
 import random
 import secrets
+import shutil
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +20,8 @@ from typing import cast
 
 from edge.config import EdgeConfig
 from edge.enrolment import read_identity
+from edge.forward.reading import Requests
+from edge.forward.routes import Priors, Routes
 from edge.nudge import Ear, nudge
 from edge.report import degraded_reason, link_state, node_report
 from edge.slots.journal import Journal
@@ -30,7 +33,7 @@ from shared.files import atomic_write, read_limited
 from shared.supervise import Job, Supervisor, announce, fix_ports, python_module
 
 STEADY = ("intake", "pipeline", "uplink", "web")
-PROCESSES = (*STEADY, "learning")
+PROCESSES = (*STEADY, "forward", "learning")
 NICE_LEARNING = 15
 LEARNING_LINGER_S = 60.0
 POLL_S = 1.0
@@ -89,8 +92,10 @@ def node_name(state: Path) -> str:
 def run_intake(config: EdgeConfig, stop: threading.Event) -> None:
     """Runs the DICOM door until `stop`."""
     from edge.intake.door import Door
+    from edge.intake.handover import Handover
     from edge.intake.peers import AllowList, Peer, admitted_callers
     from edge.intake.spool import Spool
+    from edge.intake.syntaxes import storage_classes, transfer_syntaxes
     from edge.intake.tls import Tls
 
     clock, state, dicom = SystemClock(), config.state, config.dicom
@@ -115,9 +120,18 @@ def run_intake(config: EdgeConfig, stop: threading.Event) -> None:
         tls_port=chosen.get("dicom_tls", 0),
         private_classes=dicom.private_classes,
     )
+    handover = Handover(
+        config.run_folder / "intake.sock",
+        spool,
+        storage=storage_classes(dicom.private_classes),
+        syntaxes=transfer_syntaxes(),
+        nudge=lambda: nudge(config.run_folder / "pipeline.sock"),
+    )
     door.start()
+    handover.start()
     announce(config.run_folder, "intake", ae_title=config.dicom.ae_title, port=door.port)
     stop.wait()
+    handover.stop()
     door.stop()
     spool.close()
 
@@ -187,6 +201,7 @@ def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
         delivered=sender.wake if sender else lambda: None,
         clock=clock,
         builder=builder,
+        routes=routes(config) if config.rules or config.fetch else None,
     )
     engine, manifest, package = swapper.serving()
     announce(config.run_folder, "pipeline", package=package, release=manifest.release, variant=engine.variant)
@@ -199,8 +214,62 @@ def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
     store.close()
 
 
+def run_forward(config: EdgeConfig, stop: threading.Event) -> None:
+    """Routes, sends on and fetches until `stop`."""
+    from edge.forward.fetch import Fetcher
+    from edge.forward.follow import FetchRule, Follower
+    from edge.forward.peer import Peer, Tls
+    from edge.forward.process import Forward
+    from edge.forward.queue import Queue
+    from edge.forward.sender import Sender
+
+    clock, state, ours = SystemClock(), config.state, config.dicom.ae_title
+    scratch, intake, spool = state / "forward" / "scratch", state / "intake.sqlite", state / "spool"
+    shutil.rmtree(scratch, ignore_errors=True)  # copies that a killed process was sending
+    scratch.mkdir(mode=0o700, parents=True)
+    queue = Queue(state / "forward.sqlite")
+    peers = {
+        one.name: Peer(
+            one.name, one.ae_title, one.host, one.port, Tls(one.ca, one.certificate, one.key) if one.ca else None
+        )
+        for one in config.destination
+    }
+    fetches = [FetchRule(**one.model_dump()) for one in config.fetch]
+    make_sender = partial(
+        Sender, queue, spool=spool, scratch=scratch, ours=ours, clock=clock, random_unit=random.random
+    )
+    make_fetcher = partial(
+        Fetcher, queue, rules=fetches, intake=intake, spool=spool, ours=ours, clock=clock, random_unit=random.random
+    )
+    forward = Forward(
+        queue,
+        Follower(intake, spool, queue, routes(config), fetches, quiet_s=config.series.quiet_s, clock=clock),
+        {name: make_sender(peer) for name, peer in peers.items()},
+        [make_fetcher(peers[name]) for name in dict.fromkeys(one.source for one in config.fetch)],
+        forward_requests(config),
+    )
+    ear = Ear(config.run_folder / "forward.sock")
+    announce(config.run_folder, "forward", destinations=len(peers), fetches=len(fetches))
+    forward.run(ear, stop)
+
+
+def routes(config: EdgeConfig) -> Routes:
+    """Returns the configured rules, ready to be asked."""
+    titles = {one.name: one.ae_title for one in config.destination}
+    return Routes(
+        config.rules, titles, Priors(config.state / "forward.sqlite") if config.fetch else lambda _study: False
+    )
+
+
+def forward_requests(config: EdgeConfig) -> Requests:
+    """Returns where dead letters are asked to be tried again."""
+    return Requests(config.state / "forward" / "requests", config.run_folder / "forward.sock")
+
+
 def run_web(config: EdgeConfig, stop: threading.Event) -> None:
     """Serves the reading page until `stop`."""
+    from edge.web.dicomweb.retention import Retention
+    from edge.web.dicomweb.routes import DicomWeb
     from edge.web.site import web_app
     from edge.web.studies import Studies
     from shared.serve import Listener, serve
@@ -218,7 +287,9 @@ def run_web(config: EdgeConfig, stop: threading.Event) -> None:
         site=lambda: node_name(state),
         pacs=f"{config.pacs.ae_title} at {config.pacs.host}:{config.pacs.port}" if config.pacs else "",
     )
-    listener = Listener(web_app(studies, labels, clock), web.host, ports(config)["web"], web.certificate, web.key)
+    dicomweb = DicomWeb(Retention(state / "intake.sqlite", state / "spool"), config.run_folder / "intake.sock")
+    app = web_app(studies, labels, clock, dicomweb=dicomweb)
+    listener = Listener(app, web.host, ports(config)["web"], web.certificate, web.key)
     serve([listener], stop, lambda: announce(config.run_folder, "web", url=web_url(config)))
     labels.close()
 
@@ -244,6 +315,7 @@ _RUN: dict[str, Callable[[EdgeConfig, threading.Event], None]] = {
     "intake": run_intake,
     "pipeline": run_pipeline,
     "uplink": run_uplink,
+    "forward": run_forward,
     "web": run_web,
     "learning": run_learning,
 }
@@ -263,6 +335,7 @@ def supervise(config_path: Path, config: EdgeConfig, stop: threading.Event, told
     def command(name: str) -> list[str]:
         return python_module("edge", "run", "--only", name, "--config", str(config_path))
 
-    jobs = [Job(name, command(name)) for name in STEADY]
+    forward = ("forward",) if config.destination else ()  # rules to forward and to fetch name destinations
+    jobs = [Job(name, command(name)) for name in (*STEADY, *forward)]
     jobs.append(Job("learning", command("learning"), NICE_LEARNING, lambda: learning_wanted(config.state)))
     Supervisor(jobs, config.run_folder, announced=told).run(stop)

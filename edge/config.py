@@ -89,13 +89,13 @@ class RuleSection(Section):
     action: Action = Field(description='"analyse", "forward", "both", "keep" or "ignore".')
     destinations: list[str] = Field(default=[], max_length=16, description="names of [[destination]], at most 16.")
     priority: Priority = Field(default="normal", description='"high", "normal" or "low".')
-    modality: Patterns = []
-    calling_ae: Patterns = []
-    called_ae: Patterns = []
-    sop_class: Patterns = []
-    body_part: Patterns = []
-    study_description: Patterns = []
-    series_description: Patterns = []
+    modality: Patterns = Field(default=[])
+    calling_ae: Patterns = Field(default=[])
+    called_ae: Patterns = Field(default=[])
+    sop_class: Patterns = Field(default=[])
+    body_part: Patterns = Field(default=[])
+    study_description: Patterns = Field(default=[])
+    series_description: Patterns = Field(default=[])
 
     @model_validator(mode="after")
     def _destinations_where_sent(self) -> RuleSection:
@@ -107,8 +107,8 @@ class RuleSection(Section):
 class FetchSection(Section):
     source: str = Field(description="name of the [[destination]] that is asked.")
     what: Literal["priors", "series"] = Field(description='"priors" or "series".')
-    modality: Patterns = []
-    body_part: Patterns = []
+    modality: Patterns = Field(default=[])
+    body_part: Patterns = Field(default=[])
     count: int = Field(default=1, ge=1, le=20, description="how many priors, 1 to 20.")
     within_days: int = Field(default=1095, ge=1, le=36500, description="how old a prior may be, days, 1 to 36500.")
 
@@ -153,9 +153,13 @@ class EdgeConfig(Settings):
     node: NodeSection = NodeSection()
     dicom: DicomSection = DicomSection()
     pacs: PacsSection | None = Field(None, description="where reports go; without this section they stay here.")
-    destination: list[DestinationSection] = Field([], max_length=32, description="[[destination]], at most 32.")
-    rule: list[RuleSection] = Field([], max_length=200, description="[[rule]], at most 200; see its destinations.")
-    fetch: list[FetchSection] = Field([], max_length=32, description="[[fetch]], at most 32; see its source.")
+    destination: list[DestinationSection] = Field(
+        [], max_length=32, description="at most 32, each with a name of its own."
+    )
+    rule: list[RuleSection] = Field(
+        [], max_length=200, description="at most 200; forward and both name the [[destination]] they mean."
+    )
+    fetch: list[FetchSection] = Field([], max_length=32, description="at most 32; source names a [[destination]].")
     web: WebSection = WebSection()
     room: RoomSection = RoomSection()
     series: SeriesSection = SeriesSection()
@@ -166,7 +170,9 @@ class EdgeConfig(Settings):
     def _names_once(cls, found: list[DestinationSection]) -> list[DestinationSection]:
         names = [one.name for one in found]
         if len(set(names)) < len(names):
-            raise ValueError(f"names stand twice: {', '.join(sorted({name for name in names if names.count(name) > 1}))}")
+            raise ValueError(
+                f"names stand twice: {', '.join(sorted({name for name in names if names.count(name) > 1}))}"
+            )
         return found
 
     @field_validator("rule", "fetch")

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from msgspec.structs import replace
 from pydicom.dataset import Dataset
 
+from edge.forward.rules import OUTCOME, Decision
 from edge.imaging.read import ImageHead, decode_frames, describe, open_object
 from edge.imaging.route import NotAssessed, route
 from edge.inference.decide import SliceOutputs, decide, is_blank, pool
@@ -80,6 +81,7 @@ class Pipeline:
         delivered: Callable[[], None],
         clock: Clock,
         builder: Builder | None = None,
+        routes: Callable[[Dataset, Claimed], Decision] | None = None,
     ) -> None:
         """Takes the collaborators.
 
@@ -96,6 +98,7 @@ class Pipeline:
             delivered: wakes the sender when documents wait for the PACS.
             clock: the time.
             builder: builds documents in a process of its own; None builds them here, between two studies.
+            routes: tells whether the configured rules let the models read an object; None reads everything.
         """
         self._store = store
         self._spool = spool
@@ -105,6 +108,7 @@ class Pipeline:
         self._delivered = delivered
         self._clock = clock
         self._builder = builder
+        self._routes = routes
         self._building: tuple[AnswerRecord, Future[Documents]] | None = None
         self._models_at = 0.0
         self._held: list[tuple[Callable[[], bool], Callable[[], None]]] = []  # slices read, not yet written
@@ -155,6 +159,11 @@ class Pipeline:
         if not image.has_pixels or image.manufacturer == MANUFACTURER:
             with self._store.writing():  # a report, a plan, or one of our own results that came back
                 self._store.finish(claimed, "ignored")
+            return
+        decision = self._routes(dataset, claimed) if self._routes else None
+        if decision and not decision.read:
+            with self._store.writing():
+                self._store.finish(claimed, f"{OUTCOME}{decision.action}")
             return
         head = route(serving.manifest.heads, image)
         if isinstance(head, NotAssessed):

@@ -90,7 +90,7 @@ def open_object(path: Path) -> Dataset:
     data = read_limited(path, OBJECT_LIMIT_BYTES)
     # BytesIO and not the file: a lying length can then read no further, and allocate no more, than there
     # is.
-    with _translated("cannot be read as DICOM"):
+    with translated("cannot be read as DICOM"):
         return pydicom.dcmread(BytesIO(data))
 
 
@@ -100,14 +100,14 @@ def describe(dataset: Dataset) -> ImageHead:
     Raises:
         PeerError: a needed identifier is missing or a value has the wrong form.
     """
-    with _translated("has values that cannot be read"):
+    with translated("has values that cannot be read"):
         head = ImageHead(
             study=_text(dataset, "StudyInstanceUID"),
             series=_text(dataset, "SeriesInstanceUID"),
             sop_instance=_text(dataset, "SOPInstanceUID"),
             sop_class=_text(dataset, "SOPClassUID"),
             modality=_text(dataset, "Modality").upper(),
-            body_part=_body_part(dataset),
+            body_part=body_part(dataset),
             view=_text(dataset, "ViewPosition").upper(),
             patient_id=_text(dataset, "PatientID"),
             manufacturer=_text(dataset, "Manufacturer"),
@@ -153,8 +153,8 @@ def decode_frames(dataset: Dataset, head: ImageHead) -> Iterator[Frame]:
     Raises:
         PeerError: too large, shorter than it says, or not decodable; the reason is in the message.
     """
-    _check_size(dataset, head)
-    with _translated("cannot be decoded"):
+    check_size(dataset, head)
+    with translated("cannot be decoded"):
         # More pixel data than NumberOfFrames says would give more frames: those were not counted above.
         for index, pixels in enumerate(iter_pixels(dataset, raw=True, allow_excess_frames=False)):
             if pixels.shape != (head.rows, head.columns):
@@ -162,7 +162,8 @@ def decode_frames(dataset: Dataset, head: ImageHead) -> Iterator[Frame]:
             yield _frame(dataset, index, pixels)
 
 
-def _check_size(dataset: Dataset, head: ImageHead) -> None:
+def check_size(dataset: Dataset, head: ImageHead) -> None:
+    """Returns when the pixels that the header asks for are within the limits and there; PeerError otherwise."""
     bits = _int(dataset, "BitsAllocated", 0)
     if not (0 < head.rows <= MAX_SIDE and 0 < head.columns <= MAX_SIDE and 0 < head.frames <= FRAME_LIMIT):
         raise PeerError(f"{head.rows} x {head.columns} x {head.frames} frames are outside of the limits.")
@@ -171,7 +172,7 @@ def _check_size(dataset: Dataset, head: ImageHead) -> None:
     decoded = head.rows * head.columns * head.frames * head.samples * bits // 8
     if decoded > DECODED_LIMIT_BYTES:
         raise PeerError(f"The pixels would take {decoded} bytes, the limit is {DECODED_LIMIT_BYTES}.")
-    with _translated("has no readable pixels"):
+    with translated("has no readable pixels"):
         stored = len(next(dataset[name].value or b"" for name in _PIXELS if name in dataset))
         compressed = dataset.file_meta.TransferSyntaxUID.is_compressed
     if not compressed and stored < decoded:
@@ -203,7 +204,8 @@ def _rescale(dataset: Dataset, index: int) -> Dataset:
     return dataset
 
 
-def _body_part(dataset: Dataset) -> str:
+def body_part(dataset: Dataset) -> str:
+    """Returns BodyPartExamined in upper case, else the name of a region code that heads know; empty without both."""
     text = _text(dataset, "BodyPartExamined").upper()
     if text or not dataset.get("AnatomicRegionSequence"):
         return text
@@ -226,7 +228,7 @@ def _list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple, pydicom.multival.MultiValue)) else [value]
 
 
-class _translated:  # noqa: N801 reads as a verb at the with statement
+class translated:  # noqa: N801 reads as a verb at the with statement
     """Turns whatever a decoder raises into a PeerError; pydicom and the codecs name no families."""
 
     def __init__(self, what: str) -> None:

@@ -36,6 +36,7 @@ class Claimed(Struct, frozen=True):
     series: str
     modality: str
     calling_ae: str
+    called_ae: str
     association: str
     received_at: float
     stored_at: float

@@ -22,7 +22,7 @@ CREATE TABLE IF NOT EXISTS work (
     series TEXT NOT NULL,
     claimed_at REAL NOT NULL,
     tries INTEGER NOT NULL,
-    outcome TEXT NOT NULL           -- '' leased, answered, slice, unassessed, ignored, quarantined
+    outcome TEXT NOT NULL           -- '' leased, answered, slice, unassessed, ignored, quarantined, rule:<action>
 );
 CREATE INDEX IF NOT EXISTS work_open ON work (outcome, claimed_at);
 CREATE INDEX IF NOT EXISTS work_series ON work (series);
