@@ -63,6 +63,15 @@ class Report(Struct, frozen=True):
         return SOME_FAILED if self.failed else ALL_SAFE
 
 
+class Due(Struct, frozen=True):
+    """A report that waits for an association of our own."""
+
+    report: Report
+    ae_title: str
+    address: str
+    tries: int
+
+
 def read_request(data: bytes, transfer_syntax: str) -> Asked:
     """Returns what an N-ACTION data set asks.
 
@@ -97,12 +106,7 @@ def judge(asked: Asked, held: Callable[[str], Sequence[str]]) -> Report:
 
 def encode_report(report: Report, transfer_syntax: str) -> bytes:
     """Returns the data set of the N-EVENT-REPORT."""
-    dataset = Dataset()
-    dataset.TransactionUID = report.transaction
-    if report.failed:
-        dataset.FailedSOPSequence = [_reference(one[0], one[1], one[2]) for one in report.failed]
-    if report.safe:
-        dataset.ReferencedSOPSequence = [_reference(*one) for one in report.safe]
+    dataset = _dataset(report)
     out = DicomBytesIO()
     out.is_implicit_VR = transfer_syntax == "1.2.840.10008.1.2"
     out.is_little_endian = transfer_syntax != "1.2.840.10008.1.2.2"
@@ -117,7 +121,7 @@ class Commitments:
         self._spool = spool
         self._clock = clock
         self._lock = threading.Lock()
-        self._sent: dict[str, list[str]] = {}  # association to transactions reported on it, not yet answered
+        self._sent: dict[str, list[tuple[str, str]]] = {}  # association to (transaction, AE title), not yet answered
 
     def asked(
         self, command: Command, data: bytes, transfer_syntax: str, calling_ae: str, address: str, association: str
@@ -137,7 +141,7 @@ class Commitments:
             get_logger().error("intake.commitment_failed", error=exc.message)
             return PROCESSING_FAILURE, []
         with self._lock:
-            self._sent.setdefault(association, []).append(asked.transaction)
+            self._sent.setdefault(association, []).append((asked.transaction, calling_ae))
         event = pdu.command_set(
             {
                 pdu.AFFECTED_CLASS: STORAGE_COMMITMENT,
@@ -154,46 +158,58 @@ class Commitments:
         """The peer answered the oldest report of this association."""
         with self._lock:
             waiting = self._sent.get(association, [])
-            transaction = waiting.pop(0) if waiting else ""
-        if transaction and command.number(pdu.STATUS) == SUCCESS:
-            self.mark(transaction, "taken")
+            oldest = waiting.pop(0) if waiting else None
+        if oldest and command.number(pdu.STATUS) == SUCCESS:
+            self.mark(*oldest, "taken")
 
     def association_over(self, association: str) -> None:
-        """What was not answered on this association goes out on a new one."""
+        """What was not answered on this association goes out on a new one, now."""
         with self._lock:
-            self._sent.pop(association, None)
+            unanswered = self._sent.pop(association, [])
+        if unanswered:
+            with self._spool.index.durable() as db:
+                db.executemany(
+                    "UPDATE commitments SET next_at = ? WHERE transaction_uid = ? AND ae_title = ?",
+                    [(self._clock.now().timestamp(), *one) for one in unanswered],
+                )
 
-    def due(self, now: float) -> list[tuple[str, str, str, Report, int]]:
-        """Returns (transaction, AE title, address, report, tries) of what waits for a new association, judged anew."""
+    def due(self, now: float) -> list[Due]:
+        """Returns what waits for a new association, judged anew."""
         with self._lock:
-            busy = {one for transactions in self._sent.values() for one in transactions}
+            busy = {one for unanswered in self._sent.values() for one in unanswered}
         rows = self._spool.index.rows(
             "SELECT * FROM commitments WHERE state = 'waiting' AND next_at <= ? ORDER BY next_at LIMIT 16", now
         )
         due = []
         for row in rows:
-            if row["transaction_uid"] not in busy:
+            if (row["transaction_uid"], row["ae_title"]) not in busy:
                 asked = Asked(row["transaction_uid"], tuple((one[0], one[1]) for one in json.loads(row["asked"])))
-                due.append((asked.transaction, row["ae_title"], row["address"], judge(asked, self._held), row["tries"]))
+                due.append(Due(judge(asked, self._held), row["ae_title"], row["address"], row["tries"]))
         return due
 
-    def mark(self, transaction: str, state: str) -> None:
-        """Ends a request: its report was taken or given up."""
-        with self._spool.index.durable() as db:
-            db.execute("UPDATE commitments SET state = ? WHERE transaction_uid = ?", (state, transaction))
-
-    def failed(self, transaction: str, tries: int, error: str) -> None:
-        """Schedules the next try of a report, or gives it up after MAX_TRIES."""
-        wait = min(RETRY_CAP_S, RETRY_BASE_S * 2.0 ** min(tries, 10))
+    def mark(self, transaction: str, ae_title: str, state: str) -> None:
+        """Ends a request: its report was taken, or given up."""
         with self._spool.index.durable() as db:
             db.execute(
-                "UPDATE commitments SET tries = ?, next_at = ?, last_error = ?, state = ? WHERE transaction_uid = ?",
+                "UPDATE commitments SET state = ? WHERE transaction_uid = ? AND ae_title = ?",
+                (state, transaction, ae_title),
+            )
+
+    def failed(self, due: Due, error: str) -> None:
+        """Schedules the next try of a report, or gives it up after MAX_TRIES."""
+        wait = min(RETRY_CAP_S, RETRY_BASE_S * 2.0 ** min(due.tries, 10))
+        state = "waiting" if due.tries + 1 < MAX_TRIES else "given up"
+        with self._spool.index.durable() as db:
+            db.execute(
+                "UPDATE commitments SET tries = ?, next_at = ?, last_error = ?, state = ?"
+                " WHERE transaction_uid = ? AND ae_title = ?",
                 (
-                    tries + 1,
+                    due.tries + 1,
                     self._clock.now().timestamp() + wait,
                     error[:300],
-                    "waiting" if tries + 1 < MAX_TRIES else "given up",
-                    transaction,
+                    state,
+                    due.report.transaction,
+                    due.ae_title,
                 ),
             )
 
@@ -236,20 +252,26 @@ def send_report(report: Report, *, our_ae: str, ae_title: str, host: str, port: 
     )
     if not association.is_established:
         raise LinkError(f"{ae_title} at {host}:{port} takes no storage commitment report.")
-    dataset = Dataset()
-    dataset.TransactionUID = report.transaction
-    if report.failed:
-        dataset.FailedSOPSequence = [_reference(*one) for one in report.failed]
-    if report.safe:
-        dataset.ReferencedSOPSequence = [_reference(*one) for one in report.safe]
     try:
-        status, _ = association.send_n_event_report(dataset, report.event, STORAGE_COMMITMENT, WELL_KNOWN_INSTANCE)
+        status, _ = association.send_n_event_report(
+            _dataset(report), report.event, STORAGE_COMMITMENT, WELL_KNOWN_INSTANCE
+        )
     except (ValueError, RuntimeError) as exc:
         raise LinkError(f"{ae_title} does not take the report: {str(exc)[:200]}") from exc
     finally:
         association.release()
     if "Status" not in status or int(status.Status) != SUCCESS:
         raise LinkError(f"{ae_title} answered the report with a failure.")
+
+
+def _dataset(report: Report) -> Dataset:
+    dataset = Dataset()
+    dataset.TransactionUID = report.transaction
+    if report.failed:
+        dataset.FailedSOPSequence = [_reference(*one) for one in report.failed]
+    if report.safe:
+        dataset.ReferencedSOPSequence = [_reference(*one) for one in report.safe]
+    return dataset
 
 
 def _reference(sop_class: str, instance: str, reason: int = 0) -> Dataset:

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from edge.intake.association import Association
+from edge.intake.commitment import Commitments
 from edge.intake.peers import MAX_ASSOCIATIONS, AllowList
 from edge.intake.services import Room, Visitor
 from edge.intake.spool import Spool
@@ -86,6 +87,11 @@ class Door:
     def tls_port(self) -> int:
         """The port that speaks TLS."""
         return self._listening_on("tls")
+
+    @property
+    def commitments(self) -> Commitments:
+        """The storage commitments that were asked for here."""
+        return self._room.commitments
 
     def counts(self) -> dict[str, int]:
         """Returns associations, rejections and outcomes since this process started, by name."""
