@@ -35,7 +35,9 @@ PIECE_BYTES = 256 * 1024
 MAX_CONNECTIONS = 8
 IDLE_S = 120.0  # a connection that says nothing for so long is closed
 ANSWER_S = 120.0  # how long the web process waits for the answer to one object
-TRANSFER_SYNTAX_UNKNOWN = 0xC122  # PS3.18 table I.2-2: Referenced Transfer Syntax not supported
+# PS3.18 table I.2-2: SOP class, transfer syntax not supported
+CLASS_UNKNOWN = 0x0122
+SYNTAX_UNKNOWN = 0xC122
 
 _HEAD = struct.Struct(">cI")
 _BEGIN_BYTES = 8192  # of a begin message; the names in it are short
@@ -54,14 +56,24 @@ class Answer(Struct, frozen=True):
 
 
 class Handover:
-    """The intake process's end. `nudge` is called after an object is durable and after a connection has ended."""
+    """The intake process's end; `storage` and `syntaxes` are what the DICOM door takes.
+
+    `nudge` is called after an object is durable and after a connection has ended.
+    """
 
     def __init__(
-        self, path: Path, spool: Spool, *, transfer_syntaxes: Container[str], nudge: Callable[[], None]
+        self,
+        path: Path,
+        spool: Spool,
+        *,
+        storage: Container[str],
+        syntaxes: Container[str],
+        nudge: Callable[[], None],
     ) -> None:
         self._path = path
         self._spool = spool
-        self._transfer_syntaxes = transfer_syntaxes
+        self._storage = storage
+        self._syntaxes = syntaxes
         self._nudge = nudge
         self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._listening: socket.socket | None = None
@@ -123,8 +135,7 @@ class Handover:
 
     def _take(self, connection: socket.socket, arriving: Arriving) -> Answer:
         """Reads one object to its end and returns its one answer; what is refused is read and dropped."""
-        known = arriving.transfer_syntax in self._transfer_syntaxes
-        answer = None if known else Answer(TRANSFER_SYNTAX_UNKNOWN, "refused", "The transfer syntax is not known here.")
+        answer = self._not_negotiable(arriving)
         part: Part | None = None
         try:
             while (piece := _read_piece(connection)) is not None:
@@ -140,6 +151,14 @@ class Handover:
                 part.discard()
             raise
         return answer or self._finish(part)
+
+    def _not_negotiable(self, arriving: Arriving) -> Answer | None:
+        """Refuses what the DICOM door would refuse in the negotiation of presentation contexts."""
+        if arriving.sop_class not in self._storage:
+            return Answer(CLASS_UNKNOWN, "refused", "The SOP class is no storage class that is known here.")
+        if arriving.transfer_syntax not in self._syntaxes:
+            return Answer(SYNTAX_UNKNOWN, "refused", "The transfer syntax is not known here.")
+        return None
 
     def _finish(self, part: Part | None) -> Answer:
         if part is None:

@@ -1,11 +1,12 @@
-"""labels.sqlite: what the radiologist said, who may sign in, and a record of both. Owner: the web process.
+"""labels.sqlite: what the radiologist said, who may sign in, which callers were let in, and a record of it all.
 
-Labels are append-only: a correction is a newer row, and the newest row of an answer counts. The pipeline follows
-`serial` to build cases from them.
+The web process owns it. Labels are append-only: a correction is a newer row, and the newest row of an answer counts.
+The pipeline follows `serial` to build cases from them.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,11 @@ CREATE TABLE IF NOT EXISTS credentials (
     digest TEXT PRIMARY KEY, kind TEXT NOT NULL, person TEXT NOT NULL REFERENCES people (name),
     expires_at REAL NOT NULL
 );
+-- Callers that an administrator let in; the intake process reads this beside dicom.allow.
+CREATE TABLE IF NOT EXISTS admitted (
+    ae_title TEXT NOT NULL, address TEXT NOT NULL, by TEXT NOT NULL, at TEXT NOT NULL,
+    PRIMARY KEY (ae_title, address)
+);
 CREATE TABLE IF NOT EXISTS audit (
     serial INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL,
     subject TEXT NOT NULL
@@ -46,14 +52,17 @@ CREATE TABLE IF NOT EXISTS audit (
 """
 FIRST_ADMINISTRATOR = "administrator"
 
-Action = Literal["study.read", "study.label", "status.read", "people.invite"]
+Action = Literal["study.read", "study.label", "study.store", "status.read", "door.read", "door.admit", "people.invite"]
 CredentialKind = Literal["session", "token"]
 
 # The one table of who may do what. An administrator may label, because a small hospital has one person for both.
 MAY: dict[Action, frozenset[Role]] = {
     "study.read": frozenset({"administrator", "radiologist", "auditor"}),
     "study.label": frozenset({"administrator", "radiologist"}),
+    "study.store": frozenset({"administrator", "radiologist"}),
     "status.read": frozenset(ROLES),
+    "door.read": frozenset(ROLES),
+    "door.admit": frozenset({"administrator"}),
     "people.invite": frozenset({"administrator"}),
 }
 
@@ -79,11 +88,21 @@ class Label:
     at: str
 
 
+@dataclass(frozen=True)
+class Admitted:
+    """A caller of the DICOM door that an administrator let in; `address` is empty for any."""
+
+    ae_title: str
+    address: str
+    by: str
+    at: str
+
+
 class Labels:
     """The file, used by many threads of one process."""
 
     def __init__(self, path: Path, clock: Clock) -> None:
-        self._db = open_owned(path, _SCHEMA, 1)
+        self._db = open_owned(path, _SCHEMA, 2)
         self._clock = clock
         self._lock = threading.Lock()
 
@@ -176,6 +195,47 @@ class Labels:
         """Ends a session."""
         with self._writing() as db:
             db.execute("DELETE FROM credentials WHERE digest = ?", (token_digest(secret),))
+
+    def record(self, actor: Person, action: str, subject: str) -> None:
+        """Writes a row of the audit: who did what; `subject` names no patient."""
+        with self._writing() as db:
+            self._note(db, actor.name, action, subject)
+
+    def admit(self, ae_title: str, address: str, by: Person) -> None:
+        """Lets a caller in: this AE title from this address (empty: from any).
+
+        Raises:
+            TrustError: the role may not admit.
+            PeerError: the title or the address is none.
+        """
+        self._check_admission(ae_title, address, by)
+        row = (ae_title, address, by.name, self._clock.now().isoformat(timespec="seconds"))
+        with self._writing() as db:
+            db.execute("INSERT OR IGNORE INTO admitted (ae_title, address, by, at) VALUES (?, ?, ?, ?)", row)
+            self._note(db, by.name, "door.admitted", f"{ae_title} at {address or 'any address'}")
+
+    def revoke(self, ae_title: str, address: str, by: Person) -> None:
+        """Takes an admission back; raises what `admit` raises."""
+        self._check_admission(ae_title, address, by)
+        with self._writing() as db:
+            db.execute("DELETE FROM admitted WHERE ae_title = ? AND address = ?", (ae_title, address))
+            self._note(db, by.name, "door.revoked", f"{ae_title} at {address or 'any address'}")
+
+    def admitted(self) -> list[Admitted]:
+        """Returns the callers that were let in, by AE title."""
+        rows = self._all("SELECT ae_title, address, by, at FROM admitted ORDER BY ae_title, address")
+        return [Admitted(**row) for row in rows]
+
+    def _check_admission(self, ae_title: str, address: str, by: Person) -> None:
+        if not by.may("door.admit"):
+            raise TrustError(f"The role {by.role} may not admit callers.", cure="Ask an administrator.")
+        if not 0 < len(ae_title.strip()) <= 16 or not ae_title.isascii() or not ae_title.isprintable():
+            raise PeerError("This is no AE title.", cure="Take the title that the caller gave: 1 to 16 characters.")
+        try:
+            if address:
+                ipaddress.ip_network(address, strict=False)
+        except ValueError as exc:
+            raise PeerError("This is no address.", cure="Give an IP address or a network, or nothing for any.") from exc
 
     @contextmanager
     def _writing(self) -> Iterator[Connection]:

@@ -10,6 +10,7 @@ from starlette.staticfiles import StaticFiles
 
 import shared.pages
 from edge.web.api import api_router
+from edge.web.dicomweb.routes import PREFIX, DicomWeb, dicomweb_router, refusal
 from edge.web.labels import Labels
 from edge.web.pages import Pages, page_router
 from edge.web.session import Gatekeeper, SignInNeededError
@@ -22,12 +23,13 @@ from shared.serve import SecurityHeaders, status_of
 STATIC = Path(__file__).parent / "static"
 
 
-def web_app(studies: Studies, labels: Labels, clock: Clock) -> SecurityHeaders:
-    """Returns the application of the reading page."""
+def web_app(studies: Studies, labels: Labels, clock: Clock, *, dicomweb: DicomWeb) -> SecurityHeaders:
+    """Returns the application of the reading page, with DICOMweb under /dicom-web."""
     app = FastAPI(openapi_url=None)
     keeper, pages = Gatekeeper(labels, clock), Pages(studies)
     app.include_router(api_router(studies, labels, keeper))
     app.include_router(page_router(studies, labels, keeper, pages))
+    app.include_router(dicomweb_router(dicomweb, labels, keeper))
     app.mount("/static", StaticFiles(directory=shared.pages.FOLDER))
     app.mount("/reading", StaticFiles(directory=STATIC))
 
@@ -36,6 +38,8 @@ def web_app(studies: Studies, labels: Labels, clock: Clock) -> SecurityHeaders:
         if not isinstance(exc, SignInNeededError):
             get_logger().warning("web.refused", reason=exc.message)
         status = 404 if isinstance(exc, NoSuchAnswerError) else status_of(exc)
+        if request.url.path.startswith(f"{PREFIX}/"):
+            return refusal(exc)
         if request.url.path.startswith("/api/"):
             status = 401 if isinstance(exc, SignInNeededError) else status
             return JSONResponse({"error": exc.message, "cure": exc.cure}, status)

@@ -10,6 +10,8 @@ from pydicom.dataset import FileDataset
 
 from edge.intake.spool import Arriving
 from edge.report import node_report
+from edge.web.dicomweb.retention import Retention
+from edge.web.dicomweb.routes import DicomWeb
 from edge.web.labels import Labels
 from edge.web.site import web_app
 from edge.web.studies import Studies
@@ -52,7 +54,8 @@ class ReadingNode:
 
     def start(self) -> ReadingNode:
         ready = threading.Event()
-        app = web_app(self.studies, self.labels, self.clock)
+        dicomweb = DicomWeb(Retention(self.folder / "intake.sqlite", self.folder / "spool"), self.folder / "intake.sock")
+        app = web_app(self.studies, self.labels, self.clock, dicomweb=dicomweb)
         listeners = [Listener(app, "127.0.0.1", self.port)]
         self._thread = threading.Thread(target=serve, args=(listeners, self._stop, ready.set), daemon=True)
         self._thread.start()
