@@ -371,6 +371,8 @@ class Spool:
         with other pixels is another object, whatever its UID says."""
         others = [row for row in self.index.digests(arriving.sop_instance) if row["file"] != name]
         for row in others:
+            if row["state"] == states.IDENTITY_CONFLICT:
+                continue
             if row["patient"] and head.patient and row["patient"] != head.patient:
                 return True, states.IDENTITY_CONFLICT
             one, two = self.folder / row["file"], self.folder / name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from scripts.lab.parts import start_orthanc
 from shared.errors import PeerError
 from tests.simulators.modality import phantom_study, storescu, write_files
 from tests.simulators.node import make_door, make_spool
+from tests.simulators.release import HandClock
 
 ITEM = phantom_study("chest-xray", 0, seed=1)[0]
 PAIR = (str(ITEM.SOPClassUID), str(ITEM.SOPInstanceUID))
@@ -35,22 +35,6 @@ def request(*pairs: tuple[str, str], transaction: str = "2.25.77") -> Dataset:
     for item, (sop_class, instance) in zip(dataset.ReferencedSOPSequence, pairs, strict=True):
         item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class, instance
     return dataset
-
-
-class FixedClock:
-    """A clock that the test moves."""
-
-    def __init__(self, at: datetime) -> None:
-        self._at = at
-
-    def now(self) -> datetime:
-        return self._at
-
-    def monotonic(self) -> float:
-        return self._at.timestamp()
-
-    def advance(self, seconds: float) -> None:
-        self._at += timedelta(seconds=seconds)
 
 
 class Hears:
@@ -191,13 +175,15 @@ def unanswered(spool: Spool, port: int) -> None:
     assert state(spool) == ["waiting"]
 
 
-def make_reports(spool: Spool, door_commitments: Any, peer_port: int, clock: FixedClock) -> Reports:
+def make_reports(spool: Spool, door_commitments: Any, peer_port: int, clock: HandClock) -> Reports:
     allow = AllowList((Peer("MODALITY", "127.0.0.1", port=peer_port),))
     return Reports(door_commitments, allow, send=sender("RADFLEET"), clock=clock)
 
 
-def later() -> FixedClock:
-    return FixedClock(datetime(2100, 1, 1, tzinfo=UTC))
+def later() -> HandClock:
+    clock = HandClock()
+    clock.advance(3600)
+    return clock
 
 
 def test_a_report_that_was_not_taken_goes_out_on_a_new_association(spool: Spool, port: int) -> None:
