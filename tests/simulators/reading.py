@@ -54,7 +54,8 @@ class ReadingNode:
 
     def start(self) -> ReadingNode:
         ready = threading.Event()
-        dicomweb = DicomWeb(Retention(self.folder / "intake.sqlite", self.folder / "spool"), self.folder / "intake.sock")
+        retention = Retention(self.folder / "intake.sqlite", self.folder / "spool")
+        dicomweb = DicomWeb(retention, self.folder / "intake.sock")
         app = web_app(self.studies, self.labels, self.clock, dicomweb=dicomweb)
         listeners = [Listener(app, "127.0.0.1", self.port)]
         self._thread = threading.Thread(target=serve, args=(listeners, self._stop, ready.set), daemon=True)
