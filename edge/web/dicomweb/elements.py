@@ -23,6 +23,7 @@ from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag, Tag
 
 from edge.intake.head import BIG_ENDIAN, DEFLATED, IMPLICIT
+from edge.web.dicomweb.plain import plain
 from edge.web.dicomweb.retention import Kept
 from shared.errors import PeerError, StateError
 
@@ -39,12 +40,14 @@ encode_json = msgspec.json.Encoder(enc_hook=str).encode  # pydicom's UIDs are a 
 BulkUri = Callable[[str], str]
 
 _BINARY = frozenset({"OB", "OD", "OF", "OL", "OV", "OW", "UN", "OB or OW"})
-_ENOUGH = BaseTag(0x7FE00000)
+_ENOUGH = 0x7FE00000  # the pixels' group
 
 
 @contextmanager
-def opened(path: Path, kept: Kept) -> Iterator[BinaryIO]:
+def opened(path: Path, kept: Kept, beginning: int = 0) -> Iterator[BinaryIO]:
     """Gives the object's data set as a file that starts at 0; reads are bounded by what is there.
+
+    With `beginning`, so many bytes of it at most (all of a deflated one), which is faster than the whole.
 
     Raises:
         StateError: the file is gone or cannot be read.
@@ -53,6 +56,10 @@ def opened(path: Path, kept: Kept) -> Iterator[BinaryIO]:
     with ExitStack() as stack:
         try:
             file = stack.enter_context(path.open("rb"))
+            if beginning and kept.transfer_syntax != DEFLATED:
+                file.seek(kept.offset)
+                yield BytesIO(file.read(beginning))
+                return
             view = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except (OSError, ValueError) as exc:  # ValueError: the file is empty
             raise StateError(f"Cannot read {path.name}: {type(exc).__name__}.") from exc
@@ -74,7 +81,7 @@ class Header:
         self.file = file
         self.implicit = transfer_syntax == IMPLICIT
         self.little = transfer_syntax != BIG_ENDIAN
-        last = BaseTag(max(tags)) if tags else _ENOUGH
+        last = max(tags) if tags else _ENOUGH - 1
         wanted: list[BaseTag | int] | None = list(tags) if tags else None
         file.seek(0)
         try:
@@ -82,7 +89,7 @@ class Header:
                 file,
                 self.implicit,
                 self.little,
-                stop_when=lambda tag, _vr, _length: tag >= _ENOUGH or tag > last,
+                stop_when=lambda tag, _vr, _length: int(tag) > last,
                 defer_size=BULK_BYTES,
                 specific_tags=wanted,
             )
@@ -153,17 +160,23 @@ def vr_of(raw: RawDataElement | DataElement) -> str:
 def to_json(header: Header, bulk_uri: BulkUri, tags: list[int] | None = None) -> Json:
     """Returns a header in the DICOM JSON model; an element that cannot be read keeps its VR and loses its value."""
     found: Json = {}
-    for tag in sorted(header.dataset.keys()):
-        if tag.group == 2 or tag.element == 0 or (tags is not None and tag not in tags):
+    there = {int(tag) for tag in header.dataset.keys()}
+    for tag in sorted(there if tags is None else there & set(tags)):
+        if tag >> 16 == 2 or not tag & 0xFFFF:
             continue
         name = f"{tag:08X}"
+        raw = header.raw(tag)
+        quick = plain(raw) if isinstance(raw, RawDataElement) else None
+        if quick is not None:
+            found[name] = quick
+            continue
         try:
             element = header.element(tag)
         except PeerError:
-            found[name] = {"vr": vr_of(header.raw(tag))}
+            found[name] = {"vr": vr_of(raw)}
             continue
         if element is None:
-            found[name] = {"vr": _single(vr_of(header.raw(tag))), "BulkDataURI": bulk_uri(name)}
+            found[name] = {"vr": _single(vr_of(raw)), "BulkDataURI": bulk_uri(name)}
         else:
             found[name] = element_to_json(element, bulk_uri, name)
     if "00080005" in found:

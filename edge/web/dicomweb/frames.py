@@ -52,6 +52,10 @@ class NoFrameError(PeerError):
     """The object has no such frame, or none at all."""
 
 
+class UndecodableError(PeerError):
+    """A frame is in an encoding that cannot be decoded here, or is damaged."""
+
+
 class Pixels:
     """The frames of one object."""
 
@@ -65,7 +69,8 @@ class Pixels:
         self.header = header
         self.transfer_syntax = transfer_syntax
         self.compressed = UID(transfer_syntax).is_compressed and transfer_syntax != "1.2.840.10008.1.2.1.99"
-        self.tag, self.value_at, self.length = _pixel_element(header)
+        self.tag, vr, self.value_at, self.length = _pixel_element(header)
+        self.words = not header.little and vr == b"OW"  # bytes change places, also those of eight bits
         dataset = header.take(_DESCRIPTION)
         self.description = dataset
         self.rows, self.columns = integer(dataset, "Rows"), integer(dataset, "Columns")
@@ -97,15 +102,23 @@ class Pixels:
         if self.compressed:
             return self._encapsulated(number)
         start, end = (number - 1) * self.frame_bits, number * self.frame_bits  # bits
-        self.header.file.seek(self.value_at + start // 8)
-        data = self.header.file.read((end + 7) // 8 - start // 8)
-        if len(data) < (end + 7) // 8 - start // 8:
-            raise PeerError("The pixel data is shorter than its description says.")
+        if self.words and self.bits == 8:
+            first_word, last_word = start // 16 * 2, (end + 15) // 16 * 2  # bytes
+            swapped = np.frombuffer(self._native(first_word, last_word), ">u2").astype("<u2").tobytes()
+            return swapped[start // 8 - first_word : end // 8 - first_word]
+        data = self._native(start // 8, (end + 7) // 8)
         if self.bits == 1 and (start % 8 or end % 8):  # frames of single bits may start inside a byte
             bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")[start % 8 :][: self.frame_bits]
             return np.packbits(bits, bitorder="little").tobytes()
         if not self.header.little and self.bits > 8:
             return np.frombuffer(data, f">u{self.bits // 8}").astype(f"<u{self.bits // 8}").tobytes()
+        return data
+
+    def _native(self, start: int, end: int) -> bytes:
+        self.header.file.seek(self.value_at + start)
+        data = self.header.file.read(end - start)
+        if len(data) < end - start:
+            raise PeerError("The pixel data is shorter than its description says.")
         return data
 
     def decoded(self, number: int) -> bytes:
@@ -119,14 +132,16 @@ class Pixels:
         """Returns a frame's stored values, shape (H, W) or, as RGB, (H, W, 3).
 
         Raises:
-            PeerError: it cannot be decoded.
+            UndecodableError: it cannot be decoded.
         """
         encoded = self.stored(number)
         try:
             with _DECODING:
                 return self._decode(encoded)
         except Exception as exc:  # pydicom and the codecs name no family
-            raise PeerError(f"The frame cannot be decoded: {type(exc).__name__}.") from exc
+            raise UndecodableError(
+                f"The frame cannot be decoded: {type(exc).__name__}.", cure="Ask for it as it is stored."
+            ) from exc
 
     def meaning(self, number: int) -> Dataset:
         """Returns what a frame's values mean; in enhanced objects per frame or shared (PS3.3 C.7.6.16)."""
@@ -187,8 +202,8 @@ class Pixels:
         return frame
 
 
-def _pixel_element(header: Header) -> tuple[int, int, int]:
-    """Returns tag, start of the value and its length (0xFFFFFFFF: in fragments) of the pixel data element.
+def _pixel_element(header: Header) -> tuple[int, bytes, int, int]:
+    """Returns tag, VR, start of the value and its length (0xFFFFFFFF: in fragments) of the pixel data element.
 
     Skips what else is in group 7FE0 before it (the extended offset table).
     """
@@ -207,7 +222,7 @@ def _pixel_element(header: Header) -> tuple[int, int, int]:
         else:
             value_at, length = position + 8, int.from_bytes(start[6:8], order)
         if tag in PIXELS:
-            return tag, value_at, length
+            return tag, b"OW" if header.implicit else start[4:6], value_at, length
         if tag >> 16 != 0x7FE0 or length == _UNDEFINED:
             raise NoFrameError("The object has no pixel data.")
         if tag in {0x7FE00001, 0x7FE00002}:

@@ -177,7 +177,7 @@ def _frame_kind(pixels: Pixels, one: Accepted) -> tuple[str, bool] | None:
 def _metadata_of(retention: Retention, kept: Kept, bulk_base: str) -> bytes:
     with opened(retention.path(kept), kept) as file:
         header = Header(file, kept.transfer_syntax)
-        found = to_json(header, lambda path: f"{bulk_base}/{path}")
+        found = to_json(header, lambda path: f"{bulk_base}/{path}") | identity(kept)
         found["00083002"] = {"vr": "UI", "Value": [kept.transfer_syntax]}  # how it is stored
         try:
             pixels = Pixels(header, kept.transfer_syntax)

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from edge.intake.handover import Handing
 from edge.intake.spool import Arriving
 from edge.web.dicomweb.elements import encode_json
-from edge.web.dicomweb.frames import NoFrameError
+from edge.web.dicomweb.frames import NoFrameError, UndecodableError
 from edge.web.dicomweb.incoming import Incoming
 from edge.web.dicomweb.media import (
     DICOM,
@@ -81,6 +81,7 @@ def refusal(exc: RadfleetError) -> Response:
         NotKeptError: 404,
         NoFrameError: 404,
         NotAcceptableError: 406,
+        UndecodableError: 406,
         UnsupportedTypeError: 415,
         TooMuchError: 413,
         SilentError: 408,

@@ -25,6 +25,7 @@ from edge.web.dicomweb.retention import Kept, Retention, SeriesCount, Uids
 from shared.errors import PeerError, StateError
 
 KEPT_HEADERS = 20_000  # about 1.5 KB each
+_BEGINNING_BYTES = 32 * 1024  # of a data set; enough for nearly every header
 _TOGETHER = 200  # rows asked of the index at once
 
 
@@ -61,6 +62,10 @@ class Headers:
     def read(self, kept: Kept, tags: list[int]) -> Json:
         """Returns some elements, read from the file; none when it cannot be read."""
         try:
+            with opened(self._retention.path(kept), kept, _BEGINNING_BYTES) as file:
+                header = Header(file, kept.transfer_syntax, tags)
+                if header.pixels_at < _BEGINNING_BYTES:
+                    return to_json(header, lambda _path: "", tags)
             with opened(self._retention.path(kept), kept) as file:
                 return to_json(Header(file, kept.transfer_syntax, tags), lambda _path: "", tags)
         except (PeerError, StateError):
