@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from pydicom.datadict import dictionary_VR
@@ -18,6 +19,8 @@ Json = dict[str, Any]
 _SEVERAL = frozenset({"AE", "AS", "CS", "DA", "DT", "LO", "SH", "TM", "UI"})
 _ONE = frozenset({"LT", "ST", "UT", "UR"})
 _PACKED = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
+_NUMBERS: dict[str, Callable[[str], float]] = {"DS": float, "IS": int}
+_PLAIN = _SEVERAL | _ONE | _PACKED.keys() | _NUMBERS.keys() | {"PN"}
 _ESCAPE = b"\x1b"  # begins another character set (ISO 2022)
 _PAD = " \0"
 
@@ -26,31 +29,28 @@ def plain(raw: RawDataElement) -> Json | None:
     """Returns an element in the DICOM JSON model, or None where it is not plain."""
     value = raw.value
     vr = raw.VR or _known(raw)
-    if not vr or not isinstance(value, bytes):
+    if vr not in _PLAIN or not isinstance(value, bytes):
         return None
-    if not value:
-        return {"vr": vr} if vr in _SEVERAL or vr in _ONE or vr in _PACKED or vr in {"DS", "IS", "PN"} else None
+    try:
+        values = _values(value, vr, "<" if raw.is_little_endian else ">") if value else []
+    except ValueError:
+        return None
+    return {"vr": vr} if values in ([], [None]) else {"vr": vr, "Value": values}
+
+
+def _values(value: bytes, vr: str, order: str) -> list[Any]:
+    """Raises ValueError where the value is not plain."""
     if vr in _PACKED:
-        return _packed(value, vr, "<" if raw.is_little_endian else ">")
+        return _packed(value, _PACKED[vr], order)
     if not value.isascii() or _ESCAPE in value:
-        return None
+        raise ValueError(vr)
     text = value.decode("ascii")
-    if vr in _SEVERAL:
-        values: list[Any] = [part.strip(_PAD) or None for part in text.split("\\")]
-    elif vr in _ONE:
-        values = [text.rstrip(_PAD) or None]
-    elif vr == "PN":
-        values = [_name(part.rstrip(_PAD)) for part in text.split("\\")]
-    elif vr in {"DS", "IS"}:
-        try:
-            values = [(float if vr == "DS" else int)(part) for part in text.rstrip(_PAD).split("\\")]
-        except ValueError:
-            return None
-    else:
-        return None
-    if values == [None]:
-        return {"vr": vr}
-    return {"vr": vr, "Value": values}
+    if vr in _ONE:
+        return [text.rstrip(_PAD) or None]
+    parts = [part.strip(_PAD) for part in text.split("\\")]
+    if vr in _NUMBERS:
+        return [_NUMBERS[vr](part) for part in parts]
+    return [_name(part) if vr == "PN" else part or None for part in parts]
 
 
 def _known(raw: RawDataElement) -> str:
@@ -60,13 +60,12 @@ def _known(raw: RawDataElement) -> str:
         return ""
 
 
-def _packed(value: bytes, vr: str, order: str) -> Json | None:
-    code = _PACKED[vr]
+def _packed(value: bytes, code: str, order: str) -> list[Any]:
     count, rest = divmod(len(value), struct.calcsize(code))
-    if rest:
-        return None
-    values = struct.unpack(f"{order}{count}{code}", value)
-    return {"vr": vr, "Value": list(values)} if all(map(math.isfinite, values)) else None
+    values = list(struct.unpack(f"{order}{count}{code}", value)) if not rest else [math.nan]
+    if not all(map(math.isfinite, values)):
+        raise ValueError(code)
+    return values
 
 
 def _name(text: str) -> Json | None:
