@@ -16,12 +16,10 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from edge.config import EdgeConfig
 from edge.enrolment import read_identity
-from edge.forward.reading import Requests
-from edge.forward.routes import Priors, Routes
 from edge.nudge import Ear, nudge
 from edge.report import degraded_reason, link_state, node_report
 from edge.slots.journal import Journal
@@ -31,6 +29,10 @@ from shared.clock import SystemClock
 from shared.errors import ConfigError
 from shared.files import atomic_write, read_limited
 from shared.supervise import Job, Supervisor, announce, fix_ports, python_module
+
+if TYPE_CHECKING:
+    from edge.forward.reading import Requests
+    from edge.forward.routes import Routes
 
 STEADY = ("intake", "pipeline", "uplink", "web")
 PROCESSES = (*STEADY, "forward", "learning")
@@ -94,6 +96,7 @@ def run_intake(config: EdgeConfig, stop: threading.Event) -> None:
     from edge.intake.door import Door
     from edge.intake.handover import Handover
     from edge.intake.peers import AllowList, Peer, admitted_callers
+    from edge.intake.reports import Reports, sender
     from edge.intake.spool import Spool
     from edge.intake.syntaxes import storage_classes, transfer_syntaxes
     from edge.intake.tls import Tls
@@ -106,14 +109,14 @@ def run_intake(config: EdgeConfig, stop: threading.Event) -> None:
         quarantine_limit_bytes=config.room.quarantine_limit_bytes,
         clock=clock,
     )
-    peers = [Peer(**peer.model_dump()) for peer in dicom.allow]
+    allow = AllowList([Peer(**peer.model_dump()) for peer in dicom.allow], admitted_callers(state / "labels.sqlite"))
     chosen = ports(config)
     door = Door(
         spool,
         ae_title=dicom.ae_title,
         host=dicom.host,
         port=chosen["dicom"],
-        allow=AllowList(peers, admitted_callers(state / "labels.sqlite")),
+        allow=allow,
         nudge=lambda: nudge(config.run_folder / "pipeline.sock"),
         clock=clock,
         tls=Tls(dicom.tls.certificate, dicom.tls.key, dicom.tls.ca, dicom.tls.profile) if dicom.tls else None,
@@ -127,12 +130,15 @@ def run_intake(config: EdgeConfig, stop: threading.Event) -> None:
         syntaxes=transfer_syntaxes(),
         nudge=lambda: nudge(config.run_folder / "pipeline.sock"),
     )
+    reports = Reports(door.commitments, allow, send=sender(dicom.ae_title), clock=clock)
     door.start()
     handover.start()
+    reports.start()
     announce(config.run_folder, "intake", ae_title=config.dicom.ae_title, port=door.port)
     stop.wait()
     handover.stop()
     door.stop()
+    reports.stop()
     spool.close()
 
 
@@ -255,14 +261,23 @@ def run_forward(config: EdgeConfig, stop: threading.Event) -> None:
 
 def routes(config: EdgeConfig) -> Routes:
     """Returns the configured rules, ready to be asked."""
+    from edge.forward.routes import Priors, Routes
+
     titles = {one.name: one.ae_title for one in config.destination}
     return Routes(
         config.rules, titles, Priors(config.state / "forward.sqlite") if config.fetch else lambda _study: False
     )
 
 
+def destinations(config: EdgeConfig) -> dict[str, str]:
+    """Returns where the configured destinations are, by name, for people."""
+    return {one.name: f"{one.ae_title} at {one.host}:{one.port}" for one in config.destination}
+
+
 def forward_requests(config: EdgeConfig) -> Requests:
     """Returns where dead letters are asked to be tried again."""
+    from edge.forward.reading import Requests
+
     return Requests(config.state / "forward" / "requests", config.run_folder / "forward.sock")
 
 

@@ -18,9 +18,18 @@ class Sent:
     output: str
 
 
-def store(files: Sequence[Path], *, port: int, called: str, calling: str = "MODALITY", nodelay: bool = True) -> Sent:
+def store(
+    files: Sequence[Path],
+    *,
+    port: int,
+    called: str,
+    calling: str = "MODALITY",
+    nodelay: bool = True,
+    options: Sequence[str] = (),
+) -> Sent:
     """Sends the files in one association and returns what the sender saw; a refusal is counted, not raised."""
-    command = ["storescu", "-v", "-aet", calling, "-aec", called, "127.0.0.1", str(port), *map(str, files)]
+    to = ["127.0.0.1", str(port), *map(str, files)]
+    command = ["storescu", "-v", *options, "-aet", calling, "-aec", called, *to]
     done = subprocess.run(
         command,
         capture_output=True,

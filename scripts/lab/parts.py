@@ -76,8 +76,17 @@ class Orthanc:
         return int(answer.json()["CountInstances"])
 
 
-def start_orthanc(folder: Path, *, aet: str = "PACS", peers: Sequence[tuple[str, int]] = ()) -> Orthanc:
-    """Starts Orthanc; `peers` are (AE title, DICOM port) on loopback that it may send to and move to."""
+def start_orthanc(
+    folder: Path,
+    *,
+    aet: str = "PACS",
+    peers: Sequence[tuple[str, int]] = (),
+    tls: tuple[Path, Path, Path] | None = None,
+) -> Orthanc:
+    """Starts Orthanc; `peers` are (AE title, DICOM port) on loopback that it may send to and move to.
+
+    `tls` (certificate, key, CA of the clients) makes its DICOM port speak TLS with client certificates.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     dicom_port, http_port = free_port(), free_port()
     config = {
@@ -95,6 +104,13 @@ def start_orthanc(folder: Path, *, aet: str = "PACS", peers: Sequence[tuple[str,
         "OverwriteInstances": False,
         "KeepAliveTimeout": 1,
     }
+    if tls:
+        config |= {
+            "DicomTlsEnabled": True,
+            "DicomTlsCertificate": str(tls[0]),
+            "DicomTlsPrivateKey": str(tls[1]),
+            "DicomTlsTrustedCertificates": str(tls[2]),
+        }
     path = folder / "orthanc.json"
     path.write_text(json.dumps(config, indent=2))
     binary = shutil.which("Orthanc") or "/usr/sbin/Orthanc"
