@@ -160,7 +160,7 @@ def vr_of(raw: RawDataElement | DataElement) -> str:
 def to_json(header: Header, bulk_uri: BulkUri, tags: list[int] | None = None) -> Json:
     """Returns a header in the DICOM JSON model; an element that cannot be read keeps its VR and loses its value."""
     found: Json = {}
-    there = {int(tag) for tag in header.dataset}
+    there = set(map(int, header.dataset.keys()))
     for tag in sorted(there if tags is None else there & set(tags)):
         if tag >> 16 == 2 or not tag & 0xFFFF:
             continue
