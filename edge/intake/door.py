@@ -7,6 +7,7 @@ in that thread (edge.intake.association); only negotiated associations count aga
 
 from __future__ import annotations
 
+import contextlib
 import selectors
 import socket
 import ssl
@@ -29,6 +30,8 @@ ARTIM_S = 10.0  # a connection that sends no whole association request for so lo
 IDLE_S = 60.0  # an association that stands still for so long is aborted
 SILENT_CONNECTIONS = 512  # connections that said nothing yet; the oldest gives way
 SILENT_OF_ONE_ADDRESS = 64
+SPEAKING_CONNECTIONS = 256  # connections with a thread and no association yet; the oldest gives way
+SPEAKING_OF_ONE_ADDRESS = 128
 _BACKLOG = 128
 _LOOK_S = 0.5
 
@@ -73,6 +76,7 @@ class Door:
         self._selector = selectors.DefaultSelector()
         self._listeners: dict[str, socket.socket] = {}
         self._silent: OrderedDict[socket.socket, tuple[float, str]] = OrderedDict()  # since when, and from where
+        self._speaking: OrderedDict[threading.Thread, tuple[socket.socket, str]] = OrderedDict()
         self._running: dict[threading.Thread, Association] = {}
         self._lock = threading.Lock()
         self._stopping = False
@@ -180,7 +184,26 @@ class Door:
         self._selector.unregister(sock)
         since, _ = self._silent.pop(sock)
         thread = threading.Thread(target=self._serve, args=(sock, host, name, since), daemon=True)
+        with self._lock:
+            mine = [one for one, (_, where) in self._speaking.items() if where == host]
+            if len(mine) >= SPEAKING_OF_ONE_ADDRESS:
+                self._cut(mine[0])
+            elif len(self._speaking) >= SPEAKING_CONNECTIONS:
+                self._cut(next(iter(self._speaking)))
+            self._speaking[thread] = sock, host
         thread.start()
+
+    def _cut(self, thread: threading.Thread) -> None:
+        """Ends a connection that takes its time to become an association; under the lock."""
+        sock, _ = self._speaking.pop(thread)
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not TLS's own: its thread may be in the handshake
+        self._room.count("crowded")
+
+    def _heard(self) -> None:
+        """The connection of this thread became an association, or ended."""
+        with self._lock:
+            self._speaking.pop(threading.current_thread(), None)
 
     def _serve(self, sock: socket.socket, host: str, name: str, since: float) -> None:
         artim_s = max(0.1, since + ARTIM_S - self._clock.monotonic())
@@ -188,13 +211,14 @@ class Door:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.settimeout(artim_s)
             if name == "tls" and self._tls:
-                sock = self._tls.context().wrap_socket(sock, server_side=True)
+                sock = self._secured(sock, host, self._tls)
         except (OSError, ValueError, RadfleetError) as exc:
             self._room.count("tls_refused")
             get_logger().warning("intake.tls_refused", address=host, error=_handshake_failure(exc))
             sock.close()
+            self._heard()
             return
-        visitor = Visitor(self._room, host, secure=name == "tls")
+        visitor = Visitor(self._room, host, welcomed=self._heard)
         association = Association(sock, visitor, clock=self._clock, artim_s=artim_s, idle_s=IDLE_S)
         me = threading.current_thread()
         with self._lock:
@@ -212,6 +236,21 @@ class Door:
             visitor.left(how, association.waits)
             with self._lock:
                 self._running.pop(me, None)
+            self._heard()
+
+    def _secured(self, sock: socket.socket, host: str, tls: Tls) -> ssl.SSLSocket:
+        """Returns the connection after its handshake; the caller's own socket is of no use afterwards."""
+        secured = tls.context().wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        try:
+            with self._lock:
+                if threading.current_thread() not in self._speaking:
+                    raise TimeoutError("Others came meanwhile.")
+                self._speaking[threading.current_thread()] = secured, host
+            secured.do_handshake()
+        except BaseException:
+            secured.close()
+            raise
+        return secured
 
 
 def _listen(host: str, port: int) -> socket.socket:

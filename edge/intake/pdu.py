@@ -44,6 +44,8 @@ class Request(Struct, frozen=True):
 
     called_ae: str
     calling_ae: str
+    protocol: int  # a bit for each version, bit 0 for version 1
+    application: str  # application context name
     contexts: tuple[Proposed, ...]
     max_pdu_bytes: int  # of what the requestor wants to receive; 0 is no limit
     implementation: str
@@ -71,11 +73,16 @@ def parse_request(body: memoryview) -> Request:
         raise PduError("The association request ends inside its fixed fields.")
     contexts: list[Proposed] = []
     user: dict[int, list[bytes]] = {}
+    application = ""
     for kind, data in _items(body[68:]):
         if kind == _CONTEXT_RQ:
             if len(contexts) == MAX_CONTEXTS:
                 raise PduError(f"More than {MAX_CONTEXTS} presentation contexts are proposed.")
             contexts.append(_proposed(data))
+            if any(one.context_id == contexts[-1].context_id for one in contexts[:-1]):
+                raise PduError("Two presentation contexts have one identifier.")
+        elif kind == _APPLICATION:
+            application = _text(data)
         elif kind == _USER:
             for sub, value in _items(data):
                 user.setdefault(sub, []).append(bytes(value))
@@ -86,6 +93,8 @@ def parse_request(body: memoryview) -> Request:
     return Request(
         called_ae=_title(body[4:20]),
         calling_ae=_title(body[20:36]),
+        protocol=int.from_bytes(body[:2], "big"),
+        application=application,
         contexts=tuple(contexts),
         max_pdu_bytes=int.from_bytes(longest[:4], "big") if len(longest) >= 4 else 0,
         implementation=_text(user.get(_VERSION_NAME, user.get(_CLASS_UID, [b""]))[0])[:64],

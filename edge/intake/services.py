@@ -25,7 +25,8 @@ FULL = 0.97  # of the spool's room: no new association, those that are open may 
 # PS3.8 table 9-21: result, source, reason
 NOT_THIS_CALLED_AE = (1, 1, 7)
 NOT_THIS_CALLING_AE = (1, 1, 3)
-NO_CONTEXT_OF_OURS = (1, 1, 2)  # application context name not supported is the nearest the table has
+NOT_THIS_APPLICATION = (1, 1, 2)
+NOT_THIS_PROTOCOL = (1, 2, 2)
 TOO_MANY = (2, 3, 2)  # transient: local limit exceeded
 CONGESTED = (2, 3, 1)  # transient: temporary congestion
 
@@ -102,10 +103,11 @@ class Room:
 class Visitor:
     """The services of one association (edge.intake.association.Services)."""
 
-    def __init__(self, room: Room, address: str, *, secure: bool) -> None:
+    def __init__(self, room: Room, address: str, *, welcomed: Callable[[], None]) -> None:
+        """`welcomed` is called when the association is accepted."""
         self._room = room
         self._address = address
-        self._secure = secure
+        self._welcomed = welcomed
         self._peer: Peer | None = None
         self._calling_ae = ""
         self._called_ae = ""
@@ -116,8 +118,9 @@ class Visitor:
     def negotiate(self, request: Request) -> Negotiated | tuple[int, int, int]:
         """See `Services.negotiate`."""
         room, self._calling_ae, self._called_ae = self._room, request.calling_ae[:16], request.called_ae[:16]
-        if request.called_ae != room.ae_title:
-            return self._reject("wrong_called_ae", NOT_THIS_CALLED_AE)
+        wrong = _wrong_address(request, room.ae_title)
+        if wrong:
+            return self._reject(*wrong)
         peer = room.allow.find(request.calling_ae, self._address)
         if peer is None:
             self._note_caller(request)
@@ -128,6 +131,7 @@ class Visitor:
             return self._reject("too_many", TOO_MANY)
         self._peer = peer
         self._visit = Visit(self._calling_ae, self._address)
+        self._welcomed()
         room.count("associations")
         accepted = negotiate(request.contexts, room.storage, room.syntaxes)
         taken = {one.abstract_syntax for one in accepted if one.result == 0}
@@ -337,6 +341,17 @@ class Gathered:
 
     def give_up(self) -> None:
         """Nothing to give up."""
+
+
+def _wrong_address(request: Request, ae_title: str) -> tuple[str, tuple[int, int, int]] | None:
+    """Returns the name and the numbers of the rejection of a request that is not for us, whoever calls."""
+    if not request.protocol & 1:
+        return "wrong_protocol", NOT_THIS_PROTOCOL
+    if request.application != pdu.APPLICATION_CONTEXT:
+        return "wrong_application", NOT_THIS_APPLICATION
+    if request.called_ae != ae_title:
+        return "wrong_called_ae", NOT_THIS_CALLED_AE
+    return None
 
 
 def _response(command: Command, status: int, why: str = "") -> Message:
