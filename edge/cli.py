@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edge import app as parts
+from edge import cli_dicom
 from edge.config import TEMPLATE, EdgeConfig, load_config
 from edge.enrolment import enrol as enrol_node
 from edge.enrolment import read_identity
@@ -32,6 +33,8 @@ CONSOLE_ACTOR = "console"
 KEY_LIMIT_BYTES = 100_000
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+app.add_typer(cli_dicom.app)
+app.add_typer(cli_dicom.forward, name="forward")
 out = Console(highlight=False, soft_wrap=True, markup=False)
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The node's TOML file.")]
@@ -154,6 +157,8 @@ def _checks(settings: EdgeConfig, table: Table) -> list[tuple[str, str]]:
         note("pacs", f"{where} accepts", _reach(settings.pacs.host, settings.pacs.port))
     else:
         note("pacs", "none: reports stay on this node", "")
+    for one in settings.destination:
+        note(f"destination {one.name}", f"{one.host}:{one.port} accepts", _reach(one.host, one.port))
     node = read_identity(state)
     if node:
         note("certificate", "valid", _certificate(state))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from msgspec import Struct
+from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
 from pynetdicom import build_context
 from pynetdicom.sop_class import (
@@ -322,11 +323,9 @@ def _identifier(level: Level, keys: Mapping[str, str]) -> Dataset:
     query.QueryRetrieveLevel = level
     query.SpecificCharacterSet = "ISO_IR 192"
     for keyword, value in keys.items():
-        try:
-            setattr(query, keyword, value.split("\\") if "\\" in value else value)
-            query[keyword]
-        except (KeyError, ValueError, TypeError, AttributeError) as exc:
-            raise PeerError(f"{keyword} is no DICOM keyword, or not such a value.", cure="As in PatientID=12.") from exc
+        if tag_for_keyword(keyword) is None:
+            raise PeerError(f"{keyword} is no DICOM keyword.", cure="As in PatientID or StudyInstanceUID.")
+        setattr(query, keyword, value.split("\\") if "\\" in value else value)
     return query
 
 

@@ -17,6 +17,7 @@ from pynetdicom import AE, build_context, evt
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.sop_class import Verification
 
+from edge.intake.meta import IMPLEMENTATION_UID
 from shared.errors import ConfigError, LinkError
 
 CONNECT_S = 10.0
@@ -24,7 +25,7 @@ ANSWER_S = 60.0
 SLOWEST_BYTES_S = 250_000.0  # a peer is given this long for an object, on top of ANSWER_S
 _STALL_S = 60  # of a peer that stops reading
 _SEND_AHEAD = 64  # PDUs waiting for the network: the library itself would queue a whole object in memory
-IMPLEMENTATION_UID = "2.25.326184215467394874613452637815163912417"
+
 
 # PS3.8 table 9-21: (source, reason) of a rejection, what to do about it.
 _REJECTED: dict[tuple[int, int], tuple[str, str]] = {
@@ -97,13 +98,16 @@ def association(peer: Peer, contexts: Sequence[PresentationContext], *, ours: st
     ae.dimse_timeout = ANSWER_S
     ae.network_timeout = None  # it counts while we think, not while the peer does; ANSWER_S and _STALL_S do that
     ae.requested_contexts = list(contexts)
-    found = ae.associate(
-        peer.host,
-        peer.port,
-        ae_title=peer.ae_title,
-        tls_args=(tls_context(peer.tls), peer.host) if peer.tls else None,
-        evt_handlers=[(evt.EVT_CONN_OPEN, _tune)],
-    )
+    try:
+        found = ae.associate(
+            peer.host,
+            peer.port,
+            ae_title=peer.ae_title,
+            tls_args=(tls_context(peer.tls), peer.host) if peer.tls else None,
+            evt_handlers=[(evt.EVT_CONN_OPEN, _tune)],
+        )
+    except OSError as exc:  # a host without an address
+        raise _why_no_connection(peer) from exc
     if not found.is_established:
         raise _why_not(peer, found, ours)
     found.dul.to_provider_queue = _SendAhead(found)

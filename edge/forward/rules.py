@@ -12,7 +12,6 @@ from typing import Literal
 
 from msgspec import Struct
 from msgspec.structs import replace
-from pydicom.uid import UID
 
 Action = Literal["analyse", "forward", "both", "keep", "ignore"]
 Priority = Literal["high", "normal", "low"]
@@ -113,4 +112,8 @@ def without_sender(decision: Decision, calling_ae: str, titles: Mapping[str, str
 
 def _values(facts: Facts, condition: str) -> tuple[str, ...]:
     value = getattr(facts, condition)
-    return (value, UID(value).keyword) if condition == "sop_class" else (value,)
+    if condition != "sop_class":
+        return (value,)
+    from pydicom.uid import UID  # late: the configuration imports this module, and not every process reads DICOM
+
+    return (value, UID(value).keyword)

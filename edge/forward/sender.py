@@ -107,6 +107,12 @@ class Sender:
                 except LinkError as exc:
                     verdicts.append(self._timed(row, _cut(row, exc)))
                     raise
+                except StateError:
+                    raise
+                except Exception as exc:  # a defect that one object found: it must not hold up the others for ever
+                    error = LinkError(f"Sending failed with {type(exc).__name__}.", cure="Report it with the log.")
+                    verdicts.append(self._timed(row, _cut(row, error)))
+                    raise error from exc
                 verdicts.append(self._timed(row, verdict))
                 if verdict.busy:
                     raise LinkError(f"{self._peer}: {verdict.error}.", cure=verdict.cure)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from edge.forward.routes import Routes
 from edge.inference.engine import OnnxEngine, load_engine
 from edge.intake.door import Door
 from edge.intake.peers import AllowList, Peer
@@ -96,6 +97,7 @@ def make_pipeline(
     models: OneModel | None = None,
     quiet_s: float = 0.5,
     builder: Builder | None = None,
+    routes: Routes | None = None,
 ) -> Pipeline:
     return Pipeline(
         Store(state / "results.sqlite", state / "intake.sqlite"),
@@ -109,6 +111,7 @@ def make_pipeline(
         delivered=lambda: None,
         clock=clock or SystemClock(),
         builder=builder,
+        routes=routes,
     )
 
 
