@@ -93,10 +93,12 @@ def node_name(state: Path) -> str:
 
 def run_intake(config: EdgeConfig, stop: threading.Event) -> None:
     """Runs the DICOM door until `stop`."""
+    from edge.intake.debts import Books
     from edge.intake.door import Door
     from edge.intake.handover import Handover
     from edge.intake.peers import AllowList, Peer, admitted_callers
     from edge.intake.reports import Reports, sender
+    from edge.intake.room import Keeper, Retention
     from edge.intake.spool import Spool
     from edge.intake.syntaxes import storage_classes, transfer_syntaxes
     from edge.intake.tls import Tls
@@ -131,14 +133,22 @@ def run_intake(config: EdgeConfig, stop: threading.Event) -> None:
         nudge=lambda: nudge(config.run_folder / "pipeline.sock"),
     )
     reports = Reports(door.commitments, allow, send=sender(dicom.ae_title), clock=clock)
+    keeper = Keeper(
+        spool,
+        Books(state, pacs=config.pacs is not None, forwarding=bool(config.destination)),
+        Retention(config.room.retention_days * 86400, config.room.keep_hours * 3600),
+        clock,
+    )
     door.start()
     handover.start()
     reports.start()
+    keeper.start()
     announce(config.run_folder, "intake", ae_title=config.dicom.ae_title, port=door.port)
     stop.wait()
     handover.stop()
     door.stop()
     reports.stop()
+    keeper.stop()
     spool.close()
 
 

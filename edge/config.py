@@ -131,6 +131,8 @@ class WebSection(Section):
 class RoomSection(Section):
     spool_limit_bytes: int = Field(default=50_000_000_000, ge=1_000_000, description="bytes, at least 1000000.")
     quarantine_limit_bytes: int = Field(default=5_000_000_000, ge=1_000_000, description="bytes, at least 1000000.")
+    retention_days: float = Field(default=14.0, gt=0, le=3650, description="days, above 0 and at most 3650.")
+    keep_hours: float = Field(default=24.0, ge=0, le=87_600, description="hours, 0 to 87600.")
 
 
 class SeriesSection(Section):
@@ -295,8 +297,11 @@ port = 8080
 # key = "web.key"
 
 [room]
-spool_limit_bytes = 50000000000       # a full spool answers 0xA700 to the modality
+spool_limit_bytes = 50000000000       # above 80 % a warning, above 97 % no new association, full: 0xA700
 quarantine_limit_bytes = 5000000000
+retention_days = 14.0        # objects leave after so long, when they are answered, delivered and forwarded; so long
+                             # a storage commitment holds. What is owed, or cannot be read, never leaves by itself.
+keep_hours = 24.0            # above 80 % the oldest may leave early, but not before; never what was committed
 
 [series]                     # when a CT or MR series counts as complete
 quiet_s = 5.0                # seconds without a new image

@@ -184,7 +184,7 @@ class Commitments:
         for row in rows:
             if (row["transaction_uid"], row["ae_title"]) not in busy:
                 asked = Asked(row["transaction_uid"], tuple((one[0], one[1]) for one in json.loads(row["asked"])))
-                due.append(Due(judge(asked, self._held), row["ae_title"], row["address"], row["tries"]))
+                due.append(Due(self._promise(asked), row["ae_title"], row["address"], row["tries"]))
         return due
 
     def mark(self, transaction: str, ae_title: str, state: str) -> None:
@@ -215,18 +215,19 @@ class Commitments:
 
     def _record(self, asked: Asked, calling_ae: str, address: str) -> Report:
         now = self._clock.now().timestamp()
-        report = judge(asked, self._held)
+        report = self._promise(asked)
         with self._spool.index.durable() as db:
             db.execute(
                 "INSERT OR REPLACE INTO commitments VALUES (?, ?, ?, ?, ?, 'waiting', 0, ?, '')",
                 (asked.transaction, calling_ae, address, json.dumps(asked.references), now, now + RETRY_BASE_S),
             )
-            db.executemany(
-                "UPDATE objects SET committed_at = ? WHERE sop_instance = ? AND state <> ?",
-                [(now, instance, states.EVICTED) for _, instance in report.safe],
-            )
             db.execute("DELETE FROM commitments WHERE state <> 'waiting' AND asked_at < ?", (now - 30 * 86400,))
         return report
+
+    def _promise(self, asked: Asked) -> Report:
+        """Marks first and judges then: what is said to be safe cannot leave the spool in between."""
+        self._spool.index.promise([instance for _, instance in asked.references], self._clock.now().timestamp())
+        return judge(asked, self._held)
 
     def _held(self, instance: str) -> list[str]:
         return [

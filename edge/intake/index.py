@@ -8,6 +8,7 @@ what they have done by digest). What no file can tell again (a storage commitmen
 
 from __future__ import annotations
 
+import json
 import secrets
 import sqlite3
 import threading
@@ -20,7 +21,7 @@ from msgspec import Struct
 
 from edge.sqlite import insert, open_owned, transaction
 
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS objects (
     id INTEGER PRIMARY KEY AUTOINCREMENT,   -- order of storing; other processes follow it as a cursor
@@ -49,6 +50,7 @@ CREATE TABLE IF NOT EXISTS objects (
 CREATE INDEX IF NOT EXISTS objects_instance ON objects (sop_instance);
 CREATE INDEX IF NOT EXISTS objects_series ON objects (series);
 CREATE INDEX IF NOT EXISTS objects_study ON objects (study);
+CREATE INDEX IF NOT EXISTS objects_state ON objects (state, stored_at, id);
 CREATE TABLE IF NOT EXISTS associations (id TEXT PRIMARY KEY, ended_at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS counts (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS quarantine (     -- what the door refused; the bytes lie in the quarantine folder
@@ -70,6 +72,11 @@ CREATE TABLE IF NOT EXISTS commitments (    -- Storage Commitment requests until
     asked_at REAL NOT NULL, state TEXT NOT NULL, tries INTEGER NOT NULL, next_at REAL NOT NULL,
     last_error TEXT NOT NULL,
     PRIMARY KEY (transaction_uid, ae_title)
+);
+-- One row: how full the spool is. level: '', warning, full; held: JSON, what waits for what.
+CREATE TABLE IF NOT EXISTS room (
+    one INTEGER PRIMARY KEY CHECK (one = 1), used_bytes INTEGER NOT NULL, capacity_bytes INTEGER NOT NULL,
+    level TEXT NOT NULL, held TEXT NOT NULL, at REAL NOT NULL
 );
 -- One row: names this index. A rebuilt index gives other ids to the same objects, so whoever follows ids starts again.
 CREATE TABLE IF NOT EXISTS generation (one INTEGER PRIMARY KEY CHECK (one = 1), id TEXT NOT NULL);
@@ -142,10 +149,47 @@ class Index:
                     db.execute("UPDATE objects SET conflict = 1 WHERE sop_instance = ?", (row["sop_instance"],))
             return added
 
-    def evict(self, digests: Sequence[str]) -> None:
-        """Marks objects whose files are about to go; durable, so that no lost file is ever missed."""
+    def evict(self, digests: Sequence[str], promised_before: float) -> list[str]:
+        """Marks kept objects whose files are about to go, and returns their files; durable, so that no lost file is
+        ever missed. What was promised at or after `promised_before` stays."""
+        files = []
         with self.durable() as db:
-            db.executemany("UPDATE objects SET state = ? WHERE digest = ?", [(EVICTED, one) for one in digests])
+            for one in digests:
+                row = db.execute(
+                    "UPDATE objects SET state = ? WHERE digest = ? AND state = ?"
+                    " AND (committed_at IS NULL OR committed_at < ?) RETURNING file",
+                    (EVICTED, one, KEPT, promised_before),
+                ).fetchone()
+                if row is not None:
+                    files.append(row["file"])
+        return files
+
+    def promise(self, instances: Sequence[str], now: float) -> None:
+        """Records, before it is said, that these SOP instances are promised to be kept; durable."""
+        with self.durable() as db:
+            db.executemany(
+                "UPDATE objects SET committed_at = ? WHERE sop_instance = ? AND state <> ?",
+                [(now, instance, EVICTED) for instance in instances],
+            )
+
+    def tidy(self, *, associations_before: float, evicted_before: float) -> None:
+        """Forgets ended associations, and objects that left long ago."""
+        with self._writing() as db:
+            db.execute("DELETE FROM associations WHERE ended_at < ?", (associations_before,))
+            db.execute("DELETE FROM objects WHERE state = ? AND stored_at < ?", (EVICTED, evicted_before))
+
+    def tell_room(self, used: int, capacity: int, level: str, held: Mapping[str, int], now: float) -> None:
+        """Writes down how full the spool is, for the page and `status`."""
+        row = {
+            "one": 1,
+            "used_bytes": used,
+            "capacity_bytes": capacity,
+            "level": level,
+            "held": json.dumps(held),
+            "at": now,
+        }
+        with self._writing() as db:
+            insert(db, "room", row, on_conflict="OR REPLACE")
 
     def rename(self) -> None:
         """Gives the index a new name: followers of its ids start over."""

@@ -244,16 +244,37 @@ class Spool:
         if shutil.disk_usage(self.folder).free < length + _FREE_RESERVE_BYTES:
             raise RoomError("The spool's disk is full.", cure="Free disk space.")
 
-    def fullness(self) -> float:
-        """Returns how full the spool is, 0 to 1: of its quota or of the disk, whichever is nearer to its end."""
+    def room(self) -> tuple[int, int]:
+        """Returns how many bytes the spool holds, and how many it could: its quota, or what the disk has for it."""
         free = max(0, shutil.disk_usage(self.folder).free - _FREE_RESERVE_BYTES)
-        mine = self._used_bytes + free
-        return max(self._used_bytes / self._limit_bytes, self._used_bytes / mine if mine else 1.0)
+        return self._used_bytes, min(self._limit_bytes, self._used_bytes + free)
 
-    def freed(self, length: int) -> None:
-        """Is told that files of `length` bytes were evicted."""
+    def fullness(self) -> float:
+        """Returns how full the spool is, 0 to 1; one system call, so that every association may ask."""
+        used, capacity = self.room()
+        return used / capacity if capacity else 1.0
+
+    def evict(self, digests: Sequence[str], *, promised_before: float) -> int:
+        """Lets objects go and returns how many went: the rows say so first, durable, then the files are removed.
+
+        What was promised to its sender (Storage Commitment) at or after `promised_before` stays. Nothing that
+        arrives meanwhile can be lost: the same bytes wait for the commit lock. A crash between row and file leaves a
+        file whose row says evicted. The next start takes it in again (`rebuild`): it may be an object that came again
+        after it had left.
+        """
         with self._commit_lock:
-            self._used_bytes = max(0, self._used_bytes - length)
+            files = self.index.evict(digests, promised_before)
+            for file in files:
+                path = self.folder / file
+                try:
+                    length = path.stat().st_size
+                    path.unlink()
+                except FileNotFoundError:
+                    continue  # somebody deleted it
+                except OSError as exc:
+                    raise translate_os_error(exc, "the spool") from exc
+                self._used_bytes = max(0, self._used_bytes - length)
+        return len(files)
 
     def rebuild(self) -> int:
         """Brings index and folder together and returns how many orphans were indexed.

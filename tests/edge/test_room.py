@@ -1,0 +1,288 @@
+"""Room: nothing that is owed ever leaves, what leaves makes room, and the door serves again without a restart."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pydicom
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge.intake import debts
+from edge.intake.debts import Books, Open, Worked
+from edge.intake.room import HIGH, IDENTITY, LOW, Candidate, Keeper, Limits, Retention, level, plan
+from edge.intake.spool import Arriving, Spool
+from edge.intake.status import Outcome
+from edge.pipeline import Pipeline
+from tests.simulators.modality import encoded, phantom_study
+from tests.simulators.node import make_pipeline, make_spool, run_until_idle
+
+DAY, HOUR = 86400.0, 3600.0
+RETENTION = Retention(full_s=14 * DAY, short_s=24 * HOUR)
+
+
+class Clock:
+    """Time by hand."""
+
+    def __init__(self) -> None:
+        self.seconds = 1_800_000_000.0
+
+    def now(self) -> datetime:
+        return datetime.fromtimestamp(self.seconds, UTC)
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
+# -- the pure core --------------------------------------------------------------------------------------------------
+
+candidates = st.builds(
+    Candidate,
+    digest=st.uuids().map(str),
+    length=st.integers(1, 50),
+    stored_at=st.floats(0, 30 * DAY),
+    promised_at=st.just(0.0) | st.floats(0, 30 * DAY),
+    conflict=st.booleans(),
+    owed=st.sampled_from(["", "", debts.UNDELIVERED, debts.UNANSWERED, debts.QUARANTINED, debts.UNSENT]),
+)
+
+
+@settings(max_examples=500)
+@given(st.lists(candidates, max_size=40), st.floats(0, 60 * DAY), st.integers(0, 100), st.integers(0, 100))
+def test_the_plan_keeps_what_is_owed_promised_or_young(
+    objects: list[Candidate], now: float, low: int, more: int
+) -> None:
+    objects.sort(key=lambda one: one.stored_at)
+    limits, used = Limits(high=low + more, low=low), sum(one.length for one in objects)
+    gone = list(plan(objects, now=now, used=used, limits=limits, retention=RETENTION))
+    for one in gone:
+        assert not one.owed
+        age = now - max(one.stored_at, one.promised_at)
+        assert age >= RETENTION.short_s
+        if age < RETENTION.full_s:
+            assert used >= limits.high
+            assert not one.promised_at
+            assert not one.conflict
+    over = [one for one in objects if not one.owed and now - max(one.stored_at, one.promised_at) >= RETENTION.full_s]
+    assert set(over) <= set(gone)
+    kept = used - sum(one.length for one in gone)
+    early = [one for one in gone if one not in over]
+    if early:  # not one more than it took to get down to the low mark
+        assert kept + max(one.length for one in gone) > limits.low
+        still = [one for one in objects if one not in gone and not (one.owed or one.promised_at or one.conflict)]
+        assert all(one.stored_at >= early[-1].stored_at for one in still)  # the oldest went first
+
+
+@pytest.mark.parametrize(("used", "says"), [(0, ""), (79, ""), (80, "warning"), (96, "warning"), (97, "full")])
+def test_the_marks(used: int, says: str) -> None:
+    assert level(used, 100) == says
+    assert LOW < HIGH
+
+
+series_names = st.sampled_from(["s1", "s2", "s3"])
+outcomes = st.sampled_from(["", "gone", "answered", "slice", "unassessed", "ignored", "quarantined", "rule:forward"])
+answer_rows = st.tuples(st.sampled_from(["a1", "a2", "a3"]), st.integers(1, 3), st.booleans())
+books = st.builds(
+    Open,
+    reading=st.frozensets(series_names),
+    pending=st.frozensets(series_names),
+    undelivered=st.frozensets(st.tuples(st.sampled_from(["a1", "a2", "a3"]), st.integers(1, 3))),
+    labelled=st.frozensets(st.sampled_from(["a1", "a2", "a3"])),
+)
+
+
+@settings(max_examples=500)
+@given(outcomes, series_names, st.dictionaries(series_names, st.lists(answer_rows, max_size=3)), books)
+def test_nothing_is_owed_only_when_all_is_done(
+    outcome: str, series: str, answers: dict[str, list[tuple[str, int, bool]]], unfinished: Open
+) -> None:
+    reason = debts.judge("d", series, Worked({"d": outcome} if outcome else {}, answers), unfinished)
+    mine = answers.get(series, [])
+    done = (
+        outcome not in ("", "gone", "quarantined")
+        and series not in unfinished.reading | unfinished.pending
+        and (bool(mine) or outcome in ("ignored", "rule:forward"))
+        and all(built for _, _, built in mine)
+        and not {(answer, version) for answer, version, _ in mine} & unfinished.undelivered
+        and not {answer for answer, _, _ in mine} & unfinished.labelled
+    )
+    assert (reason == "") == done
+
+
+# -- with a real spool and a real pipeline --------------------------------------------------------------------------
+
+
+class Node:
+    """A spool, a pipeline and a keeper on one state folder and one clock."""
+
+    def __init__(self, state: Path, *, pacs: bool = False, forwarding: bool = False, **limits: int) -> None:
+        self.state = state
+        self.clock = Clock()
+        self.spool: Spool = make_spool(state, self.clock, **limits)
+        self.pipeline: Pipeline = make_pipeline(state, clock=self.clock)
+        self.keeper = Keeper(self.spool, Books(state, pacs=pacs, forwarding=forwarding), RETENTION, self.clock)
+
+    def put(self, *items: pydicom.Dataset) -> list[Outcome]:
+        found = []
+        for item in items:
+            self.clock.seconds += 0.01
+            arriving = Arriving(
+                str(item.SOPClassUID), str(item.SOPInstanceUID), str(item.file_meta.TransferSyntaxUID), "MODALITY"
+            )
+            found.append(self.spool.store(arriving, [encoded(item)]))
+        return found
+
+    def answer(self) -> None:
+        self.clock.seconds += 1
+        run_until_idle(self.pipeline)
+
+    def later(self, seconds: float) -> int:
+        self.clock.seconds += seconds
+        return self.keeper.step()
+
+    def files(self) -> int:
+        return len(list((self.state / "spool").glob("*.dcm")))
+
+    def held(self) -> dict[str, int]:
+        return dict(json.loads(self.spool.index.rows("SELECT held FROM room")[0]["held"]))
+
+    def write(self, file: str, statement: str) -> None:
+        database = sqlite3.connect(self.state / file)
+        with database:
+            database.execute(statement)
+        database.close()
+
+
+def xray(seed: int = 11) -> pydicom.Dataset:
+    return phantom_study("chest-xray", 1, seed=seed, patient=f"P{seed}")[0]
+
+
+def test_an_answered_object_leaves_after_its_retention_and_not_before(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    node.put(xray())
+    assert node.later(20 * DAY) == 0
+    assert node.held() == {debts.UNREAD: 1}
+    node.answer()
+    assert node.later(0) == 1
+    assert node.files() == 0
+    node.put(xray(12))
+    node.answer()
+    assert node.later(13.9 * DAY) == 0
+    assert node.later(0.2 * DAY) == 1
+
+
+def test_an_evicted_object_that_comes_again_is_stored_again_and_answered_once(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    node.put(xray())
+    node.answer()
+    documents = sqlite3.connect(tmp_path / "results.sqlite").execute("SELECT sop_instance FROM deliveries").fetchall()
+    assert node.later(15 * DAY) == 1
+    assert node.put(xray()) == [Outcome.STORED]
+    node.answer()
+    database = sqlite3.connect(tmp_path / "results.sqlite")
+    assert database.execute("SELECT version FROM answers").fetchall() == [(1,)]
+    assert database.execute("SELECT sop_instance FROM deliveries").fetchall() == documents
+    assert node.files() == 1
+    assert node.later(13 * DAY) == 0  # its time begins anew
+    assert node.later(2 * DAY) == 1
+
+
+def test_what_waits_for_the_pacs_stays_where_there_is_one(tmp_path: Path) -> None:
+    node = Node(tmp_path, pacs=True)
+    node.put(xray())
+    node.answer()
+    assert node.later(15 * DAY) == 0
+    assert node.held() == {debts.UNDELIVERED: 1}
+    node.write("results.sqlite", "UPDATE deliveries SET state = 'sent'")
+    assert node.later(0) == 1
+
+
+def test_what_cannot_be_read_and_what_is_in_identity_conflict_stay_for_ever(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    broken, one, other = xray(1), xray(2), xray(2)
+    broken.PixelData = broken.PixelData[:1000]
+    other.PatientID = "SOMEBODY ELSE"
+    assert node.put(broken, one, other)[2] is Outcome.IDENTITY_CONFLICT
+    node.answer()
+    assert node.later(1000 * DAY) == 1
+    assert node.files() == 2
+    assert node.held() == {debts.QUARANTINED: 1, IDENTITY: 1}
+
+
+def test_a_series_stays_whole_while_one_of_its_images_is_open(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    study = phantom_study("chest-ct", 2, seed=5, slices=4)
+    node.put(*study[:3])
+    node.answer()
+    node.clock.seconds += 15 * DAY
+    node.put(study[3])
+    assert node.later(0) == 0
+    assert node.held() == {debts.UNREAD: 3}
+    node.pipeline.step()
+    assert node.later(0) == 0
+    assert node.held() == {debts.UNANSWERED: 3}
+    node.answer()
+    assert node.later(0) == 3
+
+
+def test_what_rules_send_on_stays_until_it_was_routed_and_taken(tmp_path: Path) -> None:
+    from edge.forward.queue import Queue
+
+    node = Node(tmp_path, forwarding=True)
+    node.put(xray())
+    node.answer()
+    assert node.later(15 * DAY) == 0
+    assert node.held() == {debts.UNSENT: 1}  # there is no forward.sqlite yet
+    queue = Queue(tmp_path / "forward.sqlite")
+    assert node.later(0) == 0  # it was not routed yet
+    (row,) = node.spool.index.rows("SELECT id, digest FROM objects")
+    (generation,) = node.spool.index.rows("SELECT id FROM generation")
+    with queue.writing() as db:
+        db.execute("INSERT INTO cursors VALUES (?, ?)", (f"intake {generation['id']}", row["id"]))
+        values = "'archive', ?, '', 0, 0, '', '', '', '', '', '', 1, 'waiting', 0, 0, '', '', 0, 0"
+        db.execute(f"INSERT INTO queue VALUES (1, {values})", (row["digest"],))  # noqa: S608
+    for state in ("waiting", "dead"):
+        node.write("forward.sqlite", f"UPDATE queue SET state = '{state}'")  # noqa: S608
+        assert node.later(0) == 0
+    node.write("forward.sqlite", "UPDATE queue SET state = 'sent'")
+    assert node.later(0) == 1
+
+
+def test_what_was_committed_stays_its_retention_however_full_the_spool_is(tmp_path: Path) -> None:
+    size = len(encoded(xray(0)))
+    node = Node(tmp_path, limit_bytes=10 * size)
+    items = [xray(seed) for seed in range(9)]
+    node.put(*items)
+    node.answer()
+    node.spool.index.promise([str(item.SOPInstanceUID) for item in items], node.clock.seconds)
+    assert node.later(10 * DAY) == 0
+    assert node.later(5 * DAY) == 9
+
+
+def test_short_of_room_the_oldest_leave_early_down_to_the_low_mark(tmp_path: Path) -> None:
+    size = len(encoded(xray(0))) + 1000
+    node = Node(tmp_path, limit_bytes=10 * size)
+    for seed in range(9):
+        node.put(xray(seed))
+    node.answer()
+    assert node.later(23 * HOUR) == 0
+    assert node.spool.index.rows("SELECT level FROM room")[0]["level"] == "warning"
+    assert node.later(2 * HOUR) in (2, 3)
+    assert node.spool.fullness() <= LOW
+    assert node.spool.index.rows("SELECT level FROM room")[0]["level"] == ""
+    left = [row["sop_instance"] for row in node.spool.index.rows("SELECT sop_instance FROM objects WHERE state='kept'")]
+    assert str(xray(8).SOPInstanceUID) in left
+    assert str(xray(0).SOPInstanceUID) not in left
+    assert node.later(12 * DAY) == 0
+
+
+def test_no_books_no_eviction(tmp_path: Path) -> None:
+    spool = make_spool(tmp_path, Clock())
+    keeper = Keeper(spool, Books(tmp_path, pacs=False, forwarding=False), Retention(0, 0), Clock())
+    item = xray()
+    spool.store(Arriving(str(item.SOPClassUID), str(item.SOPInstanceUID), "1.2.840.10008.1.2.1"), [encoded(item)])
+    assert keeper.step() == 0
