@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import sqlite3
+import subprocess
+import sys
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,12 +18,13 @@ from hypothesis import strategies as st
 
 from edge.intake import debts
 from edge.intake.debts import Books, Open, Worked
+from edge.intake.index import EVICTED
 from edge.intake.room import HIGH, IDENTITY, LOW, Candidate, Keeper, Limits, Retention, level, plan
 from edge.intake.spool import Arriving, Spool
 from edge.intake.status import Outcome
 from edge.pipeline import Pipeline
-from tests.simulators.modality import encoded, phantom_study
-from tests.simulators.node import make_pipeline, make_spool, run_until_idle
+from tests.simulators.modality import encoded, phantom_study, storescu, write_files
+from tests.simulators.node import make_door, make_pipeline, make_spool, run_until_idle
 
 DAY, HOUR = 86400.0, 3600.0
 RETENTION = Retention(full_s=14 * DAY, short_s=24 * HOUR)
@@ -286,3 +291,105 @@ def test_no_books_no_eviction(tmp_path: Path) -> None:
     item = xray()
     spool.store(Arriving(str(item.SOPClassUID), str(item.SOPInstanceUID), "1.2.840.10008.1.2.1"), [encoded(item)])
     assert keeper.step() == 0
+
+
+# -- death, and the door --------------------------------------------------------------------------------------------
+
+_DIES = """
+import os, pathlib, signal, sys
+from tests.simulators.node import make_spool
+spool = make_spool(pathlib.Path(sys.argv[1]))
+pathlib.Path.unlink = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+spool.evict([sys.argv[2]], promised_before=float("inf"))
+"""
+
+
+def test_sigkill_between_the_mark_and_the_removal_leaves_the_object_kept_and_its_answer_alone(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    node.put(xray())
+    node.answer()
+    (digest,) = (row["digest"] for row in node.spool.index.rows("SELECT digest FROM objects"))
+    node.spool.close()
+    dead = subprocess.run([sys.executable, "-c", _DIES, str(tmp_path), digest], check=False)
+    assert dead.returncode == -signal.SIGKILL
+    database = sqlite3.connect(tmp_path / "intake.sqlite")
+    assert database.execute("SELECT state FROM objects").fetchall() == [(EVICTED,)]
+    database.close()
+    again = Node(tmp_path)
+    assert [row["state"] for row in again.spool.index.rows("SELECT state FROM objects")] == ["kept"]
+    assert again.spool.room()[0] == (tmp_path / "spool" / f"{digest}.dcm").stat().st_size
+    again.answer()
+    assert sqlite3.connect(tmp_path / "results.sqlite").execute("SELECT version FROM answers").fetchall() == [(1,)]
+    assert again.put(xray()) == [Outcome.DUPLICATE]
+    assert again.later(15 * DAY) == 1
+    assert again.files() == 0
+
+
+def test_the_same_bytes_that_come_while_their_object_leaves_are_not_lost(tmp_path: Path) -> None:
+    """Eviction holds the lock under which an arriving object is renamed and indexed."""
+    node = Node(tmp_path)
+    node.put(xray())
+    (digest,) = (row["digest"] for row in node.spool.index.rows("SELECT digest FROM objects"))
+    real, outcomes = node.spool.index.evict, list[Outcome]()
+    sender = threading.Thread(target=lambda: outcomes.extend(node.put(xray())))
+
+    def evict(digests: list[str], promised_before: float) -> list[str]:
+        marked = real(digests, promised_before)
+        sender.start()
+        sender.join(0.5)  # it may come as far as it gets: the file is still there, its row says evicted
+        return marked
+
+    node.spool.index.evict = evict  # type: ignore[method-assign,assignment]
+    assert node.spool.evict([digest], promised_before=float("inf")) == 1
+    sender.join()
+    assert outcomes == [Outcome.STORED]
+    assert node.files() == 1
+    assert node.spool.index.rows("SELECT state FROM objects")[0]["state"] == "kept"
+
+
+def test_what_is_promised_while_it_is_chosen_stays(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    item = xray()
+    node.put(item)
+    (digest,) = (row["digest"] for row in node.spool.index.rows("SELECT digest FROM objects"))
+    node.spool.index.promise([str(item.SOPInstanceUID)], node.clock.seconds)
+    assert node.spool.evict([digest], promised_before=node.clock.seconds) == 0
+    assert node.files() == 1
+
+
+@pytest.mark.e2e
+def test_full_then_evicted_then_served_again_without_a_restart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = len(encoded(xray(0))) + 1000
+    node = Node(tmp_path / "state", limit_bytes=int(10.2 * size))
+    door = make_door(node.spool)
+    try:
+        files = write_files(tmp_path / "send", [xray(seed) for seed in range(12)])
+        assert storescu(door.port, files[:8]).returncode == 0
+        assert node.later(0) == 0
+        assert node.spool.index.rows("SELECT level FROM room")[0]["level"] == ""
+        sent = storescu(door.port, files[8:9])
+        assert sent.returncode == 0, sent.stderr
+        assert node.later(0) == node.later(1) == 0
+        assert node.spool.index.rows("SELECT level FROM room")[0]["level"] == "warning"
+        assert capsys.readouterr().out.count("intake.room_short") == 1
+        over = storescu(door.port, files[9:])  # one association: it may finish, but the tenth is the last that fits
+        assert "Refused: OutOfResources" in over.stdout + over.stderr
+        assert node.files() == 10
+        rejected = storescu(door.port, files[10:])
+        assert "Rejected Transient" in rejected.stderr
+        assert "Temporary Congestion" in rejected.stderr
+        assert node.later(30 * HOUR) == 0
+        row = node.spool.index.rows("SELECT level, held FROM room")[0]
+        assert (row["level"], json.loads(row["held"])) == ("full", {debts.UNREAD: 10})
+        node.answer()
+        assert node.later(0) == 3
+        assert node.spool.index.rows("SELECT level FROM room")[0]["level"] == ""
+        assert storescu(door.port, files[10:]).returncode == 0
+        assert storescu(door.port, files[:1]).returncode == 0  # one that has left comes again
+        node.answer()
+        answers = sqlite3.connect(node.state / "results.sqlite").execute("SELECT answer, version FROM answers")
+        assert sorted(version for _, version in answers) == [1] * 12
+    finally:
+        door.stop()
