@@ -52,7 +52,16 @@ CREATE TABLE IF NOT EXISTS audit (
 """
 FIRST_ADMINISTRATOR = "administrator"
 
-Action = Literal["study.read", "study.label", "study.store", "status.read", "door.read", "door.admit", "people.invite"]
+Action = Literal[
+    "study.read",
+    "study.label",
+    "study.store",
+    "status.read",
+    "door.read",
+    "door.admit",
+    "forward.retry",
+    "people.invite",
+]
 CredentialKind = Literal["session", "token"]
 
 # The one table of who may do what. An administrator may label, because a small hospital has one person for both.
@@ -63,6 +72,7 @@ MAY: dict[Action, frozenset[Role]] = {
     "status.read": frozenset(ROLES),
     "door.read": frozenset(ROLES),
     "door.admit": frozenset({"administrator"}),
+    "forward.retry": frozenset({"administrator"}),
     "people.invite": frozenset({"administrator"}),
 }
 
