@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from edge.forward.reading import Requests
     from edge.forward.routes import Routes
 
+if TYPE_CHECKING:
+    from edge.web.dicomweb.retention import Retention
+    from edge.web.door import Destination
+    from edge.web.door import Door as DoorView
+
 STEADY = ("intake", "pipeline", "uplink", "web")
 PROCESSES = (*STEADY, "forward", "learning")
 NICE_LEARNING = 15
@@ -313,10 +318,40 @@ def run_web(config: EdgeConfig, stop: threading.Event) -> None:
         pacs=f"{config.pacs.ae_title} at {config.pacs.host}:{config.pacs.port}" if config.pacs else "",
     )
     dicomweb = DicomWeb(Retention(state / "intake.sqlite", state / "spool"), config.run_folder / "intake.sock")
-    app = web_app(studies, labels, clock, dicomweb=dicomweb)
+    app = web_app(studies, labels, clock, dicomweb=dicomweb, door=door_view(config, dicomweb.retention))
     listener = Listener(app, web.host, ports(config)["web"], web.certificate, web.key)
     serve([listener], stop, lambda: announce(config.run_folder, "web", url=web_url(config)))
     labels.close()
+
+
+def door_view(config: EdgeConfig, retention: Retention) -> DoorView:
+    """Returns what the Door page shows and asks."""
+    from edge.web.dicomweb.search import Headers
+    from edge.web.door import Destination, Door
+
+    def ask(asked: Destination) -> None:
+        from edge.forward.peer import Peer, Tls  # pynetdicom: only when somebody asks
+        from edge.web.echo import ask
+
+        given = next((one for one in config.destination if one.name == asked.name), None)
+        tls = Tls(given.ca, given.certificate, given.key) if given and given.ca else None
+        ask(Peer(asked.name, asked.ae_title, asked.host, asked.port, tls), config.dicom.ae_title)
+
+    chosen, dicom = ports(config), config.dicom
+    known = [Destination(one.name, one.ae_title, one.host, one.port, bool(one.ca)) for one in config.destination]
+    if config.pacs:
+        known.insert(0, Destination("pacs", config.pacs.ae_title, config.pacs.host, config.pacs.port, tls=False))
+    return Door(
+        config.state / "intake.sqlite",
+        Headers(retention),
+        ae_title=dicom.ae_title,
+        host=dicom.host,
+        port=chosen["dicom"],
+        tls_port=chosen.get("dicom_tls", 0),
+        allowed=[(one.ae_title, one.address) for one in dicom.allow],
+        destinations=known,
+        echo=ask,
+    )
 
 
 def run_learning(config: EdgeConfig, stop: threading.Event) -> None:

@@ -11,6 +11,8 @@ from starlette.staticfiles import StaticFiles
 import shared.pages
 from edge.web.api import api_router
 from edge.web.dicomweb.routes import PREFIX, DicomWeb, dicomweb_router, refusal
+from edge.web.door import Door
+from edge.web.door_pages import door_router
 from edge.web.labels import Labels
 from edge.web.pages import Pages, page_router
 from edge.web.session import Gatekeeper, SignInNeededError
@@ -23,12 +25,13 @@ from shared.serve import SecurityHeaders, status_of
 STATIC = Path(__file__).parent / "static"
 
 
-def web_app(studies: Studies, labels: Labels, clock: Clock, *, dicomweb: DicomWeb) -> SecurityHeaders:
+def web_app(studies: Studies, labels: Labels, clock: Clock, *, dicomweb: DicomWeb, door: Door) -> SecurityHeaders:
     """Returns the application of the reading page, with DICOMweb under /dicom-web."""
     app = FastAPI(openapi_url=None)
     keeper, pages = Gatekeeper(labels, clock), Pages(studies)
     app.include_router(api_router(studies, labels, keeper))
     app.include_router(page_router(studies, labels, keeper, pages))
+    app.include_router(door_router(door, labels, keeper, pages, clock))
     app.include_router(dicomweb_router(dicomweb, labels, keeper))
     app.mount("/static", StaticFiles(directory=shared.pages.FOLDER))
     app.mount("/reading", StaticFiles(directory=STATIC))

@@ -11,6 +11,7 @@ from dicomweb_client import DICOMwebClient
 from pydicom.dataset import FileDataset
 from requests import Session
 
+from edge.forward.peer import Peer
 from edge.intake.handover import Handover
 from edge.intake.spool import Arriving, Spool
 from edge.intake.status import Outcome
@@ -18,6 +19,9 @@ from edge.intake.syntaxes import storage_classes, transfer_syntaxes
 from edge.report import node_report
 from edge.web.dicomweb.retention import Retention
 from edge.web.dicomweb.routes import DicomWeb
+from edge.web.dicomweb.search import Headers
+from edge.web.door import Destination, Door
+from edge.web.echo import ask
 from edge.web.labels import Labels
 from edge.web.site import web_app
 from edge.web.studies import Studies
@@ -40,6 +44,18 @@ class DicomWebNode:
         self.spool: Spool = make_spool(folder)
         self.labels = Labels(folder / "labels.sqlite", self.clock)
         self.nudges = 0
+        self.retention = Retention(folder / "intake.sqlite", folder / "spool")
+        self.door = Door(
+            folder / "intake.sqlite",
+            Headers(self.retention),
+            ae_title="RADFLEET",
+            host="127.0.0.1",
+            port=11112,
+            tls_port=0,
+            allowed=[],
+            destinations=[],
+            echo=self._echo,
+        )
         self.socket = folder / "run" / "intake.sock"
         self.handover = Handover(
             self.socket, self.spool, storage=storage_classes(), syntaxes=transfer_syntaxes(), nudge=self._nudged
@@ -65,8 +81,8 @@ class DicomWebNode:
             site=lambda: "",
             pacs="",
         )
-        dicomweb = DicomWeb(Retention(self.folder / "intake.sqlite", self.folder / "spool"), self.socket)
-        app = web_app(studies, self.labels, self.clock, dicomweb=dicomweb)
+        dicomweb = DicomWeb(self.retention, self.socket)
+        app = web_app(studies, self.labels, self.clock, dicomweb=dicomweb, door=self.door)
         listeners = [Listener(app, "127.0.0.1", self.port)]
         self._thread = threading.Thread(target=serve, args=(listeners, self._stop, ready.set), daemon=True)
         self._thread.start()
@@ -113,6 +129,9 @@ class DicomWebNode:
         session.trust_env = False
         session.headers["Authorization"] = f"Bearer {token}"
         return DICOMwebClient(f"{self.url}/dicom-web", session=session)
+
+    def _echo(self, asked: Destination) -> None:
+        ask(Peer(asked.name, asked.ae_title, asked.host, asked.port), "RADFLEET")
 
     def _nudged(self) -> None:
         self.nudges += 1

@@ -12,6 +12,8 @@ from edge.intake.spool import Arriving
 from edge.report import node_report
 from edge.web.dicomweb.retention import Retention
 from edge.web.dicomweb.routes import DicomWeb
+from edge.web.dicomweb.search import Headers
+from edge.web.door import Door
 from edge.web.labels import Labels
 from edge.web.site import web_app
 from edge.web.studies import Studies
@@ -56,7 +58,7 @@ class ReadingNode:
         ready = threading.Event()
         retention = Retention(self.folder / "intake.sqlite", self.folder / "spool")
         dicomweb = DicomWeb(retention, self.folder / "intake.sock")
-        app = web_app(self.studies, self.labels, self.clock, dicomweb=dicomweb)
+        app = web_app(self.studies, self.labels, self.clock, dicomweb=dicomweb, door=quiet_door(retention, self.folder))
         listeners = [Listener(app, "127.0.0.1", self.port)]
         self._thread = threading.Thread(target=serve, args=(listeners, self._stop, ready.set), daemon=True)
         self._thread.start()
@@ -93,6 +95,13 @@ class ReadingNode:
             spool.store(_arriving(item), [encoded(item)])
         spool.close()
         run_until_idle(make_pipeline(self.folder, quiet_s=0.0))
+
+
+def quiet_door(retention: Retention, state: Path) -> Door:
+    """A Door page that knows nobody to echo."""
+    return Door(
+        state / "intake.sqlite", Headers(retention), "RADFLEET", "127.0.0.1", 104, 0, [], [], lambda _peer: None
+    )
 
 
 def _arriving(item: FileDataset) -> Arriving:
