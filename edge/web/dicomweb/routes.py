@@ -235,7 +235,12 @@ def _store_routes(router: APIRouter, web: DicomWeb, labels: Labels, keeper: Gate
             stow = Stow(
                 handing,
                 lambda sop_class, sop_instance, syntax: Arriving(
-                    sop_class, sop_instance, syntax, STOW_AE_TITLE, address, association
+                    sop_class,
+                    sop_instance,
+                    syntax,
+                    calling_ae=STOW_AE_TITLE,
+                    address=address,
+                    association=association,
                 ),
                 study,
             )
