@@ -16,8 +16,9 @@ import hashlib
 import os
 import secrets
 import shutil
+import sqlite3
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,7 +32,7 @@ from edge.intake.meta import file_meta
 from edge.intake.status import Outcome
 from shared.clock import Clock
 from shared.errors import RadfleetError, RoomError, StateError
-from shared.files import translate_os_error
+from shared.files import fsync_folder, translate_os_error
 from shared.log import get_logger
 
 OBJECT_LIMIT_BYTES = 4 * 1024 * 1024 * 1024
@@ -48,9 +49,9 @@ class Arriving(Struct, frozen=True):
     sop_instance: str
     transfer_syntax: str
     calling_ae: str = ""
-    called_ae: str = ""
     address: str = ""
     association: str = ""
+    called_ae: str = ""
     limit_bytes: int = OBJECT_LIMIT_BYTES  # of this object, by its sender
 
 
@@ -173,8 +174,10 @@ class Spool:
             one.mkdir(mode=0o700, parents=True, exist_ok=True)
             for part in one.glob(".*.part"):
                 part.unlink()
-        self.index = Index(index)
+        fsync_folder(folder.parent)
         self._folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(self._folder_fd)  # a killed process may have renamed and not synced: no row, no answer before that
+        self.index = Index(index)
         self.rebuild()
 
     def begin(self, arriving: Arriving) -> Part:
@@ -334,36 +337,53 @@ class Spool:
     def _commit(self, batch: Sequence[_Ticket]) -> None:
         """Renames, makes the folder durable, and indexes; every ticket is done afterwards."""
         renamed: dict[str, _Ticket] = {}
+        twins: list[tuple[_Ticket, _Ticket]] = []  # two associations brought the same bytes at once: one object
         for ticket in batch:
+            part = ticket.part
             try:
-                self.ask_quota(ticket.part.length)  # again: others may have filled the quota while this one arrived
-                if ticket.part.digest in renamed or self._holds(ticket.part.digest):
-                    ticket.outcome = Outcome.DUPLICATE  # two associations brought the same bytes at once
+                self.ask_quota(part.length)  # again: others may have filled the quota while this one arrived
+                if part.digest in renamed:
+                    twins.append((ticket, renamed[part.digest]))
                     continue
-                ticket.part.path.rename(self.folder / f"{ticket.part.digest}.dcm")
-                renamed[ticket.part.digest] = ticket
-                self._used_bytes += ticket.part.offset + ticket.part.length
+                if self._holds(part.digest):
+                    ticket.outcome = Outcome.DUPLICATE
+                    continue
+                target = self.folder / f"{part.digest}.dcm"
+                if not target.exists():  # it does where the index failed the last time
+                    self._used_bytes += part.offset + part.length
+                part.path.rename(target)
+                renamed[part.digest] = ticket
             except (OSError, RadfleetError) as exc:
                 ticket.error = exc
         try:
             if renamed:
                 os.fsync(self._folder_fd)
-                rows = []
+                rows: list[dict[str, Any]] = []
                 for ticket in renamed.values():
                     part, name = ticket.part, f"{ticket.part.digest}.dcm"
-                    row = self._row(name, part.offset, part.length, part.arriving, ticket.head, part.received_at)
-                    rows.append(row)
+                    rows.append(
+                        self._row(name, part.offset, part.length, part.arriving, ticket.head, part.received_at, rows)
+                    )
                 self.index.add(rows)
                 for ticket, row in zip(renamed.values(), rows, strict=True):
                     ticket.outcome = _outcome(row)
         except BaseException as exc:  # noqa: BLE001 the others who wait must not wait for ever
             for ticket in renamed.values():
                 ticket.error = exc
+        for ticket, first in twins:
+            ticket.outcome, ticket.error = Outcome.DUPLICATE if first.outcome else None, first.error
 
     def _row(
-        self, name: str, offset: int, length: int, arriving: Arriving, head: DatasetHead, received_at: float
+        self,
+        name: str,
+        offset: int,
+        length: int,
+        arriving: Arriving,
+        head: DatasetHead,
+        received_at: float,
+        beside: Sequence[Mapping[str, Any]] = (),
     ) -> dict[str, Any]:
-        conflict, state = self._conflict(name, offset, arriving, head)
+        conflict, state = self._conflict(name, offset, arriving, head, beside)
         return {
             "digest": name.removesuffix(".dcm"),
             "file": name,
@@ -387,10 +407,14 @@ class Spool:
             "state": state,
         }
 
-    def _conflict(self, name: str, offset: int, arriving: Arriving, head: DatasetHead) -> tuple[bool, str]:
+    def _conflict(
+        self, name: str, offset: int, arriving: Arriving, head: DatasetHead, beside: Sequence[Mapping[str, Any]]
+    ) -> tuple[bool, str]:
         """Whether other bytes stand under the same UID, and the state that follows: an object of another patient or
-        with other pixels is another object, whatever its UID says."""
+        with other pixels is another object, whatever its UID says. `beside` are rows about to be added."""
+        others: list[Mapping[str, Any] | sqlite3.Row]
         others = [row for row in self.index.digests(arriving.sop_instance) if row["file"] != name]
+        others += [row for row in beside if row["sop_instance"] == arriving.sop_instance]
         for row in others:
             if row["state"] == states.IDENTITY_CONFLICT:
                 continue
@@ -444,7 +468,7 @@ class Spool:
                 str(meta.MediaStorageSOPInstanceUID),
                 str(meta.TransferSyntaxUID),
                 str(meta.get("SourceApplicationEntityTitle", "")),
-                str(meta.get("ReceivingApplicationEntityTitle", "")),
+                called_ae=str(meta.get("ReceivingApplicationEntityTitle", "")),
             )
             head = read_head(path, offset, arriving.transfer_syntax)
         except Exception as exc:  # noqa: BLE001 a file that is not ours stays where it is and is named in the log
