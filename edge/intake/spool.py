@@ -339,22 +339,11 @@ class Spool:
         renamed: dict[str, _Ticket] = {}
         twins: list[tuple[_Ticket, _Ticket]] = []  # two associations brought the same bytes at once: one object
         for ticket in batch:
-            part = ticket.part
-            try:
-                self.ask_quota(part.length)  # again: others may have filled the quota while this one arrived
-                if part.digest in renamed:
-                    twins.append((ticket, renamed[part.digest]))
-                    continue
-                if self._holds(part.digest):
-                    ticket.outcome = Outcome.DUPLICATE
-                    continue
-                target = self.folder / f"{part.digest}.dcm"
-                if not target.exists():  # it does where the index failed the last time
-                    self._used_bytes += part.offset + part.length
-                part.path.rename(target)
-                renamed[part.digest] = ticket
-            except (OSError, RadfleetError) as exc:
-                ticket.error = exc
+            first = renamed.get(ticket.part.digest)
+            if first is not None:
+                twins.append((ticket, first))
+            elif self._place(ticket):
+                renamed[ticket.part.digest] = ticket
         try:
             if renamed:
                 os.fsync(self._folder_fd)
@@ -372,6 +361,23 @@ class Spool:
                 ticket.error = exc
         for ticket, first in twins:
             ticket.outcome, ticket.error = Outcome.DUPLICATE if first.outcome else None, first.error
+
+    def _place(self, ticket: _Ticket) -> bool:
+        """Gives the object its name in the folder; False when the ticket is done instead."""
+        part = ticket.part
+        target = self.folder / f"{part.digest}.dcm"
+        try:
+            self.ask_quota(part.length)  # again: others may have filled the quota while this one arrived
+            if self._holds(part.digest):
+                ticket.outcome = Outcome.DUPLICATE
+                return False
+            if not target.exists():  # it does where the index failed the last time
+                self._used_bytes += part.offset + part.length
+            part.path.rename(target)
+        except (OSError, RadfleetError) as exc:
+            ticket.error = exc
+            return False
+        return True
 
     def _row(
         self,

@@ -63,11 +63,14 @@ def door_process(state: Path, *options: str, before: Sequence[str] = ()) -> Iter
     child = subprocess.Popen([*before, *command(state, *options)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     try:
-        yield _read(child.stdout.fileno(), state)
-    finally:
-        child.terminate()
+        door = _read(child.stdout.fileno(), state)
         try:
-            child.wait(10)
+            yield door
+        finally:
+            Doors.kill(door)
+    finally:
+        try:
+            child.wait(10)  # a tracer ends with what it traces
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import sqlite3
+import threading
 from pathlib import Path
 
 import pydicom
@@ -11,9 +13,10 @@ import pytest
 
 from edge.intake import spool as spool_module
 from edge.intake.head import CutError, read_head, valid_uid
-from edge.intake.spool import Arriving, RefusedError, Spool
+from edge.intake.spool import Arriving, Part, RefusedError, Spool
 from edge.intake.status import KEPT, STATUS, Outcome
-from shared.errors import RoomError, StateError
+from scripts.lab.child import wait_until
+from shared.errors import RadfleetError, RoomError, StateError
 from tests.simulators.modality import EXPLICIT, encoded, phantom_study
 from tests.simulators.node import make_spool
 
@@ -194,3 +197,70 @@ def test_attack_a_deflate_bomb_is_kept_as_bytes_and_named(tmp_path: Path, monkey
     monkeypatch.setattr("edge.intake.head.INFLATED_LIMIT_BYTES", 100_000_000)
     with pytest.raises(CutError):
         read_head(path, 0, "1.2.840.10008.1.2.1.99")
+
+
+def finish_at_once(spool: Spool, parts: list[Part]) -> list[Outcome | BaseException]:
+    """Finishes parts by a thread each, all of them in one commit."""
+    found: dict[int, Outcome | BaseException] = {}
+
+    def finish(number: int) -> None:
+        try:
+            found[number] = spool.finish(parts[number])
+        except RadfleetError as exc:
+            found[number] = exc
+
+    threads = [threading.Thread(target=finish, args=(number,)) for number in range(len(parts))]
+    with spool._commit_lock:
+        for thread in threads:
+            thread.start()
+        wait_until("everybody to wait for the commit", lambda: len(spool._queue) == len(parts))
+    for thread in threads:
+        thread.join()
+    return [found[number] for number in range(len(parts))]
+
+
+def written(spool: Spool, data: bytes) -> Part:
+    part = spool.begin(arriving())
+    part.write(data)
+    return part
+
+
+def test_the_same_bytes_at_once_are_one_object(tmp_path: Path) -> None:
+    spool = make_spool(tmp_path)
+    outcomes = finish_at_once(spool, [written(spool, DATA) for _ in range(3)])
+    assert sorted(outcomes) == [Outcome.DUPLICATE, Outcome.DUPLICATE, Outcome.STORED]
+    assert len(files(spool)) == len(rows(tmp_path)) == 1
+
+
+def test_the_same_bytes_at_once_are_no_success_when_the_disk_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = make_spool(tmp_path)
+    real = os.fsync
+
+    def broken(file: int) -> None:
+        if file == spool._folder_fd:
+            raise OSError(errno.EIO, "Input/output error")
+        real(file)
+
+    monkeypatch.setattr(spool_module.os, "fsync", broken)
+    outcomes = finish_at_once(spool, [written(spool, DATA) for _ in range(3)])
+    assert all(isinstance(one, StateError) for one in outcomes), outcomes
+    monkeypatch.undo()
+    used = spool._used_bytes
+    assert spool.store(arriving(), [DATA]) is Outcome.STORED
+    assert spool._used_bytes == used  # the file was there already
+
+
+def test_other_bytes_under_the_same_uid_at_once_are_flagged(tmp_path: Path) -> None:
+    spool = make_spool(tmp_path)
+    other = phantom_study("chest-xray", 0, seed=1)[0]
+    other.PatientComments = "other bytes"
+    stranger = phantom_study("chest-xray", 0, seed=1)[0]
+    stranger.PatientID = "P2"
+    parts = [written(spool, data) for data in (DATA, encoded(other), encoded(stranger))]
+    outcomes = finish_at_once(spool, parts)
+    assert outcomes.count(Outcome.STORED) == 1
+    assert Outcome.IDENTITY_CONFLICT in outcomes
+    assert len(files(spool)) == 3
+    assert [row["conflict"] for row in rows(tmp_path)] == [1, 1, 1]

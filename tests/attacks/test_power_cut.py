@@ -1,0 +1,194 @@
+"""The power is cut after every single system call of a real door; what was answered with Success is there.
+
+How: `tests/simulators/power_cut.py`. The same replay, with a disk that ignores one kind of fsync, must lose objects:
+otherwise it would prove nothing.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from pydicom.dataset import FileDataset
+
+from edge.intake.spool import Arriving
+from edge.intake.status import Outcome
+from edge.results.store import Store
+from scripts.lab.door import door_process
+from tests.simulators.modality import EXPLICIT, encoded, phantom_study, storescu, write_files
+from tests.simulators.node import make_spool
+from tests.simulators.power_cut import Call, Disk, cuts, lay_out, read_trace, traced
+
+SEEDS = 30
+
+
+def small(item: FileDataset, side: int) -> FileDataset:
+    """The object with fewer pixels: a trace holds every byte four times."""
+    item.Rows = item.Columns = side
+    item.PixelData = random.Random(str(item.SOPInstanceUID)).randbytes(side * side * 2)
+    return item
+
+
+ITEMS = [small(item, 32 + 40 * n) for n, item in enumerate(phantom_study("chest-ct", 0, seed=3, slices=5))]
+SENT = {str(item.SOPInstanceUID): encoded(item) for item in ITEMS}
+LATER = small(phantom_study("chest-ct", 0, seed=4, slices=1)[0], 16)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    state: Path  # where the door worked
+    calls: Sequence[Call]
+
+
+def record(folder: Path, items: Sequence[FileDataset]) -> Recorded:
+    """Sends objects with `storescu` to a door on `folder`/state and returns its system calls."""
+    trace, state = folder / "trace", folder / "state"
+    state.mkdir(exist_ok=True)
+    with door_process(state, before=traced(trace)) as door:
+        sent = storescu(door.port, write_files(folder / "send", items))
+        assert sent.returncode == 0, sent.stderr
+    shutil.rmtree(folder / "send")
+    return Recorded(state, read_trace(trace))
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    return record(tmp_path_factory.mktemp("traced"), ITEMS)
+
+
+@pytest.fixture
+def rooms(tmp_path: Path) -> Iterator[Path]:
+    """Folder after folder for what a cut left; none is kept."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+def lost(left: Path, acknowledged: Sequence[str]) -> list[str]:
+    """Starts the real spool on what a cut left and returns the acknowledged objects that it has not, whole.
+
+    Whatever was lost: the spool starts, shows nothing half, takes a new object, and the pipeline's store sees every
+    object once.
+    """
+    spool = make_spool(left)
+    try:
+        rows = spool.index.rows("SELECT * FROM objects")
+        kept = {}
+        for row in rows:
+            data = (spool.folder / row["file"]).read_bytes()[row["offset"] :]
+            assert data == SENT[row["sop_instance"]], "a half object is visible"
+            kept[row["sop_instance"]] = row["digest"]
+        assert not list(spool.folder.glob(".*"))
+        later = str(LATER.SOPInstanceUID)
+        arriving = Arriving(str(LATER.SOPClassUID), later, EXPLICIT)
+        assert spool.store(arriving, [encoded(LATER)]) is Outcome.STORED
+        digests = [row["digest"] for row in spool.index.rows("SELECT digest FROM objects")]
+        assert sorted(work_off(left)) == sorted(set(digests) - done(left))
+        return [uid for uid in acknowledged if uid not in kept]
+    finally:
+        spool.close()
+
+
+def work_off(state: Path) -> list[str]:
+    """Returns the digests that a pipeline gets from its store, in order."""
+    store = Store(state / "results.sqlite", state / "intake.sqlite")
+    seen = []
+    while claimed := store.claim(0.0):
+        seen.append(claimed.digest)
+        with store.writing():
+            store.finish(claimed, "skipped")
+    store.close()
+    return seen
+
+
+def done(state: Path) -> set[str]:
+    """What the pipeline had worked off before the cut."""
+    before = state / "before"
+    if not before.exists():
+        return set()
+    return set(before.read_text().split())
+
+
+def test_a_cut_after_any_system_call_loses_nothing_acknowledged(recorded: Recorded, rooms: Path) -> None:
+    disk, checked = Disk(recorded.state), 0
+    for number in cuts(disk, recorded.calls):
+        lay_out(disk.survivors(), left := rooms / str(number))
+        assert lost(left, disk.acknowledged) == [], number
+        checked += 1
+    assert disk.acknowledged == list(SENT)
+    assert checked > 4 * len(SENT)  # at the least file, folder, answer
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_cut_that_keeps_a_part_of_what_was_not_synced(recorded: Recorded, rooms: Path, seed: int) -> None:
+    luck = random.Random(seed)
+    disk = Disk(recorded.state)
+    for call in recorded.calls[: luck.randrange(len(recorded.calls))]:
+        disk.apply(call)
+    left = rooms / "left"
+    lay_out(disk.survivors(luck), left)
+    assert lost(left, disk.acknowledged) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_disk_that_ignores_one_kind_of_fsync_loses_objects(recorded: Recorded, rooms: Path, kind: str) -> None:
+    disk, missing = Disk(recorded.state, ignoring=[kind]), set()
+    for number in cuts(disk, recorded.calls):
+        lay_out(disk.survivors(), left := rooms / str(number))
+        missing |= set(lost(left, disk.acknowledged))
+    assert missing == set(SENT)
+
+
+def test_the_pipeline_sees_no_object_twice_when_the_index_lost_its_newest_rows(recorded: Recorded, rooms: Path) -> None:
+    disk, older = Disk(recorded.state), 0
+    for number in cuts(disk, recorded.calls):
+        lay_out(disk.visible(), seen := rooms / f"{number}-seen")
+        if not (seen / "spool").exists() or number % 3:
+            continue
+        make_spool(seen).close()
+        before = work_off(seen)
+        lay_out(disk.survivors(), left := rooms / f"{number}-left")
+        shutil.copy(seen / "results.sqlite", left)
+        (left / "before").write_text(" ".join(before))
+        assert lost(left, disk.acknowledged) == []
+        older += bool(before)
+    assert older > 3
+
+
+def test_an_object_that_a_killed_door_had_only_renamed_is_synced_before_it_is_acknowledged(tmp_path: Path) -> None:
+    """SIGKILL between rename and fsync of the folder, a restart, the same object again, and then the power goes."""
+    first = record(tmp_path, ITEMS[:1])
+    disk = Disk(first.state)
+    for call in first.calls:
+        disk.apply(call)
+        if call.name == "rename" and call.ended:
+            break
+    disk.restart()
+    shutil.rmtree(first.state)
+    lay_out(disk.visible(), first.state)
+    assert len(list((first.state / "spool").glob("*.dcm"))) == 1
+    second = record(tmp_path, ITEMS[:1])
+    for number in cuts(disk, second.calls):
+        lay_out(disk.survivors(), left := tmp_path / f"left{number}")
+        assert lost(left, disk.acknowledged) == []
+    assert disk.acknowledged == [str(ITEMS[0].SOPInstanceUID)]
+
+
+def test_the_replay_ends_where_the_real_folder_is(recorded: Recorded) -> None:
+    """The model follows the trace: what it holds to be visible is what is there."""
+    disk = Disk(recorded.state)
+    for call in recorded.calls:
+        disk.apply(call)
+    tree = disk.visible()
+    spool = tree["spool"]
+    assert isinstance(spool, dict)
+    assert spool == {path.name: path.read_bytes() for path in (recorded.state / "spool").iterdir()}
+    index = tree["intake.sqlite-wal"]
+    assert index == (recorded.state / "intake.sqlite-wal").read_bytes()
+    database = sqlite3.connect(recorded.state / "intake.sqlite")
+    assert database.execute("SELECT COUNT(*) FROM objects").fetchone() == (len(ITEMS),)
+    database.close()
