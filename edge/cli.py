@@ -1,4 +1,4 @@
-"""`radfleet-edge`: set up, enrol, run, look, check."""
+"""`radfleet-edge`: set up, enrol, run, look, check, export."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import msgspec
 import typer
 from cryptography import x509
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from edge import app as parts
@@ -18,12 +19,13 @@ from edge import cli_dicom
 from edge.config import TEMPLATE, EdgeConfig, load_config
 from edge.enrolment import enrol as enrol_node
 from edge.enrolment import read_identity
-from edge.report import node_report
+from edge.imaging.export import export_object, objects_of
+from edge.report import node_report, withheld_count
 from edge.slots.journal import Journal
 from edge.web.labels import Labels
 from shared.clock import SystemClock
 from shared.console import run_cli
-from shared.errors import ConfigError, RadfleetError
+from shared.errors import ConfigError, PeerError, RadfleetError
 from shared.files import atomic_write, read_limited
 from shared.log import configure
 from shared.package.manifest import verify_package
@@ -121,11 +123,35 @@ def status(
     table.add_row("model", f"{report.package[:12]} release {report.release} {report.variant}")
     table.add_row("serving", f"pid {report.serving_pid}, golden {report.golden[:12]}")
     table.add_row("studies", f"{report.studies} answered, {report.quarantined} in quarantine")
-    table.add_row("labels", str(report.labelled))
+    table.add_row("labels", f"{report.labelled}, {withheld_count(settings.state)} kept out of learning")
     table.add_row("outbox", f"{report.outbox_waiting} waiting, {report.outbox_expired} expired")
     for slot in report.slots:
         table.add_row("slot", f"{slot.release} {slot.package[:12]} {slot.state} {slot.reason}")
     Console(highlight=False).print(table)
+
+
+@app.command()
+def export(
+    study: Annotated[str, typer.Option(help="Study Instance UID.")],
+    to: Annotated[Path, typer.Option(help="Folder for the files; what stands there is not overwritten.")],
+    config: ConfigOption = DEFAULT_CONFIG,
+) -> None:
+    """Writes a study's objects, de-identified by PS3.15 Annex E; ends with 65 when any was refused."""
+    state = load_config(config).state
+    kept = objects_of(state / "intake.sqlite", study)
+    site_key = read_limited(state / "site.key", parts.SITE_KEY_BYTES)
+    to.mkdir(parents=True, exist_ok=True)
+    results = [
+        export_object(one, state / "spool", to, site_key)
+        for one in track(kept, "De-identifying", console=Console(stderr=True))
+    ]
+    for one in results:
+        places = f", {len(one.blacked)} places blacked" if one.blacked else ""
+        out.print(f"{one.digest[:12]}  {one.name}{places}" if one.name else f"{one.digest[:12]}  refused: {one.reason}")
+    refused = sum(not one.name for one in results)
+    out.print(f"{len(results) - refused} written, {refused} refused. Research use only, not for diagnosis.")
+    if refused:
+        raise typer.Exit(PeerError.exit_code)
 
 
 @app.command()

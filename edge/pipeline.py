@@ -97,7 +97,8 @@ class Pipeline:
             "off".
             delivered: wakes the sender when documents wait for the PACS.
             clock: the time.
-            builder: builds documents in a process of its own; None builds them here, between two studies.
+            builder: builds documents and looks for burned-in text in a process of its own; None does both here, between
+            two studies.
             routes: tells whether the configured rules let the models read an object; None reads everything.
         """
         self._store = store
@@ -112,7 +113,9 @@ class Pipeline:
         self._building: tuple[AnswerRecord, Future[Documents]] | None = None
         self._models_at = 0.0
         self._held: list[tuple[Callable[[], bool], Callable[[], None]]] = []  # slices read, not yet written
-        self._confirmations = Confirmations(store, cases, labels, enqueue)
+        self._confirmations = Confirmations(
+            store, cases, labels, enqueue, spool=spool, look=builder.look if builder else None
+        )
 
     def step(self) -> bool:
         """Does one unit of work, the most urgent first; False when there was none.

@@ -49,6 +49,11 @@ def degraded_reason(state: Path) -> str:
     return next((str(row.get("degraded", "")) for row in rows), "")
 
 
+def withheld_count(state: Path) -> int:
+    """Returns how many confirmed cases are kept out of learning."""
+    return _count(state / "cases" / "cases.sqlite", "SELECT COUNT(*) AS n FROM withheld")
+
+
 def _count(path: Path, question: str) -> int:
     return next((int(row["n"]) for row in _rows(path, question)), 0)
 

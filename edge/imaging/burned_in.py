@@ -83,10 +83,9 @@ def burned_in(dataset: Dataset, frame: int) -> str:
         return "the header says that text is burned into the image"
     if _vouched(dataset, head):
         return ""
-    for index, pixels in enumerate(_frames(dataset, head)):
+    for index, picture in enumerate(pictures(dataset)):
         if index == frame:
-            text = [mark for mark in marks(_picture(dataset, pixels)) if mark.text]
-            return "text is burned into the image" if text else ""
+            return "text is burned into the image" if any(mark.text for mark in marks(picture)) else ""
     raise PeerError(f"There is no frame {frame + 1}.")
 
 
@@ -113,6 +112,12 @@ def clean_pixels(dataset: FileDataset) -> tuple[Blacked, ...]:
         found = ()
     dataset.BurnedInAnnotation = "NO"
     return found
+
+
+def pictures(dataset: Dataset) -> Iterator[Colour]:
+    """Yields every frame as the detector sees it; PeerError when the pixels cannot be decoded."""
+    for pixels in _frames(dataset, describe(dataset)):
+        yield _picture(dataset, pixels)
 
 
 def marks(picture: Colour) -> list[Mark]:

@@ -6,11 +6,12 @@ import ctypes
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import cv2
 import numpy as np
@@ -18,11 +19,15 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from edge.imaging.read import decode_frames, describe, open_object
+from edge.results.cases import why_withheld
 from edge.results.picture import build_picture, display_image
 from edge.results.report import Document, build_report
 from edge.results.tables import AnswerRecord
 from shared.errors import PeerError, StateError
 from shared.log import get_logger
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _NICE = 10
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -37,7 +42,7 @@ class Documents(Struct, frozen=True):
 
 
 class Builder:
-    """Builds documents in a niced child process: highdicom's Python would keep the next answer waiting.
+    """Builds documents and looks at originals for burned-in text, in a niced child process: no answer waits for either.
 
     The child ends with its parent, also when that is killed. A child that dies over a document gives no document and
     the reason; the next one gets a new child.
@@ -48,11 +53,18 @@ class Builder:
 
     def submit(self, record: AnswerRecord, spool: Path, now: float) -> Future[Documents]:
         """Returns at once; the future's result is that of `build_documents`."""
+        return self._run(build_documents, record, spool, now)
+
+    def look(self, path: Path, frame: int) -> Future[str]:
+        """Returns at once; the future's result is that of `edge.results.cases.why_withheld`."""
+        return self._run(why_withheld, path, frame)
+
+    def _run(self, work: Callable[P, R], *args: P.args, **named: P.kwargs) -> Future[R]:
         try:
-            return self._pool.submit(build_documents, record, spool, now)
+            return self._pool.submit(work, *args, **named)
         except BrokenProcessPool:
             self._pool = self._start()
-            return self._pool.submit(build_documents, record, spool, now)
+            return self._pool.submit(work, *args, **named)
 
     def close(self) -> None:
         """Ends the child."""
@@ -82,10 +94,12 @@ def build_documents(record: AnswerRecord, spool: Path, now: float) -> Documents:
     answer stands.
     """
     try:
-        dataset = open_object(spool / record.shown.file)
+        files = (record.shown.file, *(one.file for one in record.inputs))  # of a late version some have left
+        file = next((one for one in files if (spool / one).exists()), record.shown.file)
+        dataset = open_object(spool / file)
         documents = [build_report(record, dataset)]
         display = None
-        if record.input is not None:
+        if record.input is not None and file == record.shown.file:
             frames = decode_frames(dataset, describe(dataset))
             frame = next(islice(frames, record.shown.frame, None))
             image = display_image(frame, record.input)

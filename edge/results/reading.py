@@ -154,6 +154,13 @@ def quarantine(results: Path, *, limit: int = 500) -> list[QuarantineRow]:
     return [QuarantineRow(**{name: row[name] for name in QuarantineRow.__struct_fields__}) for row in rows]
 
 
+def withheld(cases: Path, case: str) -> str:
+    """Returns why a confirmed case in cases.sqlite is kept out of learning; empty when it is not."""
+    with _reading(cases) as db:
+        row = db.execute('SELECT reason FROM withheld WHERE "case" = ?', (case,)).fetchone() if db else None
+    return str(row["reason"]) if row else ""
+
+
 def counts(results: Path) -> Counts:
     """Returns the node's counters."""
     with _reading(results) as db:

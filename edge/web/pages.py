@@ -103,6 +103,7 @@ def _study_routes(router: APIRouter, studies: Studies, labels: Labels, keeper: G
             record=record,
             row=row,
             label=label,
+            withheld=studies.withheld(record),
             selected=label.label if label else chosen,
             following=_following(rows, answer),
             said="",

@@ -50,6 +50,10 @@ class Studies:
             raise NoSuchAnswerError("There is no such answer.", cure="Go back to the worklist.")
         return record
 
+    def withheld(self, record: AnswerRecord) -> str:
+        """Returns why nothing is learned from a confirmed answer; empty when something is, or nobody confirmed it."""
+        return reading.withheld(self.results.parent / "cases" / "cases.sqlite", record.case)
+
     def image(self, answer: str) -> bytes:
         """Returns the image of an answer as PNG."""
         self.answer(answer)

@@ -9,21 +9,24 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from scripts.lab import bench_answer, bench_intake, bench_learning, bench_variants
+from scripts.lab import bench_answer, bench_burned_in, bench_intake, bench_kill, bench_learning, bench_variants
 from scripts.lab.table import Row, machine, show, write_json
 
 BENCHES: dict[str, Callable[[], Sequence[Row]]] = {
     "intake": bench_intake.measure,
+    "kill": bench_kill.measure,
     "latency": bench_answer.measure_latency,
     "rate": bench_answer.measure_rate,
     "variants": bench_variants.measure,
     "learning": bench_learning.measure,
+    "burned-in": bench_burned_in.measure,
 }
 
 
 def main(
     names: Annotated[list[str] | None, typer.Argument(help=f"Any of {', '.join(BENCHES)}; default: all.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the rows and the machine to this file.")] = None,
+    seeds: Annotated[int, typer.Option(help="How many doors `kill` kills.")] = bench_kill.SEEDS,
 ) -> None:
     """Measures on this machine and prints each figure beside its peer or limit of the same run."""
     console = Console(highlight=False, width=150)
@@ -35,7 +38,7 @@ def main(
     groups: dict[str, Sequence[Row]] = {}
     for name in names or BENCHES:
         with console.status(f"measuring {name}"):
-            groups[name] = BENCHES[name]()
+            groups[name] = bench_kill.measure(seeds) if name == "kill" else BENCHES[name]()
         show(console, name, groups[name])
         if json:
             write_json(json, groups)
