@@ -218,6 +218,8 @@ def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
         labels=state / "labels.sqlite",
         site_key=read_limited(state / "site.key", SITE_KEY_BYTES),
         rules=Rules(config.series.quiet_s, config.series.hard_limit_s),
+        keep_s=config.room.retention_days * 86400,
+        pacs=config.pacs is not None,
         enqueue=partial(drop, drops) if config.learning.features == "features" else None,
         delivered=sender.wake if sender else lambda: None,
         clock=clock,

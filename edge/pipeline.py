@@ -9,7 +9,7 @@ same UID and bytes.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol
@@ -29,7 +29,7 @@ from edge.results.cases import CaseStore, Confirmations, Enqueue
 from edge.results.compose import Serving
 from edge.results.documents import Builder, Documents, build_documents, finished
 from edge.results.report import MANUFACTURER
-from edge.results.series import Rules, completeness
+from edge.results.series import Rules, announcement, completeness, reopened
 from edge.results.stopwatch import Stopwatch
 from edge.results.store import MAX_TRIES, Claimed, OpenSeries, Store
 from edge.results.tables import AnswerRecord, SliceRecord
@@ -40,6 +40,7 @@ from shared.package.input_spec import to_model_input
 from shared.package.manifest import Head, Manifest
 
 _MODELS_EVERY_S = 0.25
+_PRUNE_EVERY_S = 3600.0
 _NO_IMAGE = np.zeros((0, 0), dtype=np.uint8)
 _NO_VECTOR = np.zeros(0, dtype=np.float32)
 
@@ -77,6 +78,8 @@ class Pipeline:
         labels: Path,
         site_key: bytes,
         rules: Rules,
+        keep_s: float,
+        pacs: bool,
         enqueue: Enqueue | None,
         delivered: Callable[[], None],
         clock: Clock,
@@ -93,6 +96,8 @@ class Pipeline:
             labels: the web process's labels.sqlite, followed read-only; it need not exist yet.
             site_key: 32 bytes that never leave the node.
             rules: when a series is complete.
+            keep_s: how long an answer keeps what only its making needs.
+            pacs: documents wait for a PACS, however long.
             enqueue: leaves a confirmed case's features for the uplink; None when the hospital's policy is
             "off".
             delivered: wakes the sender when documents wait for the PACS.
@@ -111,7 +116,9 @@ class Pipeline:
         self._builder = builder
         self._routes = routes
         self._building: tuple[AnswerRecord, Future[Documents]] | None = None
-        self._models_at = 0.0
+        self._models_at = self._prune_at = 0.0
+        self._keep_s = keep_s
+        self._pacs = pacs
         self._held: list[tuple[Callable[[], bool], Callable[[], None]]] = []  # slices read, not yet written
         self._confirmations = Confirmations(
             store, cases, labels, enqueue, spool=spool, look=builder.look if builder else None
@@ -130,6 +137,7 @@ class Pipeline:
             or self._pool_one()
             or self._document_one()
             or self._confirmations.step()
+            or self._prune()
         )
 
     def _read_one(self) -> bool:
@@ -259,10 +267,12 @@ class Pipeline:
         )
         if head is None:
             read = [(compose.unread_slice(claimed, image), _NO_IMAGE, None)]
-        study = compose.study_row(dataset, image, claimed)
+        study, announced = compose.study_row(dataset, image, claimed), announcement(dataset)
 
         def write() -> bool:
             self._store.note_study(study)
+            if announced:
+                self._store.announce(image.series, *announced)
             first = False
             for record, pixels, _ in read:
                 key = f"{image.sop_instance}#{record.source.frame:05d}"
@@ -290,14 +300,7 @@ class Pipeline:
     def _pool_one(self) -> bool:
         now = self._now()
         for series in self._store.open_series():
-            complete = completeness(
-                self._rules,
-                now=now,
-                pending_since=series.pending_since,
-                last_stored_at=series.last_stored_at,
-                unread=self._store.unread(series.series),
-                delivered=self._store.delivered_whole(series),
-            )
+            complete = completeness(self._rules, now, self._store.evidence(series))
             if complete:
                 self._answer_series(series, complete)
                 return True
@@ -325,6 +328,9 @@ class Pipeline:
             )
             watch.lap("pool")
             decided = decide(head, logits, features)
+            missing = self._store.gone(series.series)
+            if missing:
+                decided = replace(decided, reason=f"{missing} earlier images of the series have left this node")
             key, stored_image = self._store.peak(series.answer, decided.chosen)
             shown = slices[key]
             image = np.frombuffer(stored_image, np.uint8).reshape(head.input.height, head.input.width)
@@ -342,7 +348,7 @@ class Pipeline:
             logits=logits,
             features=features,
             conflict=False,
-            complete=complete,
+            complete=reopened(complete, self._late(series.answer, slices)),
             received_at=series.first_received_at,
             stored_at=series.last_stored_at,
             answered_at=self._now(),
@@ -353,6 +359,13 @@ class Pipeline:
             self._store.close_series(series.answer)
         watch.lap("record")
         self._tell(stored, watch)
+
+    def _late(self, answer: str, slices: Mapping[str, SliceRecord]) -> int:
+        """Returns how many objects came after the answer that stands; 0 when there is none."""
+        latest = self._store.latest(answer)
+        if latest is None:
+            return 0
+        return len({one.source.sop_instance for one in slices.values()} - {one.sop_instance for one in latest.inputs})
 
     def _document_one(self) -> bool:
         if self._building is None:
@@ -389,6 +402,15 @@ class Pipeline:
             return False
         self._models_at = now + _MODELS_EVERY_S
         return self._models.step()
+
+    def _prune(self) -> bool:
+        now = self._clock.monotonic()
+        if now < self._prune_at:
+            return False
+        if self._store.prune(self._now() - self._keep_s, undelivered=not self._pacs):
+            return True
+        self._prune_at = now + _PRUNE_EVERY_S
+        return False
 
     def _tell(self, record: AnswerRecord | None, watch: Stopwatch) -> None:
         if record is not None:

@@ -216,6 +216,9 @@ def _content(record: AnswerRecord) -> MeasurementReport:
     comments = [RESEARCH_ONLY + "."]
     if record.reason:
         comments.append(f"Not assessed: {record.reason}.")
+    if record.complete:
+        images = len({one.sop_instance for one in record.inputs})
+        comments.append(f"Images read: {images}. Series thought complete by: {record.complete}.")
     if record.degraded:
         comments.append(f"Degraded mode: {record.degraded}.")
     for comment in comments:

@@ -13,6 +13,9 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from edge.results import evidence
+from edge.results.evidence import GONE
+from edge.results.series import Evidence
 from edge.results.tables import SCHEMA, SCHEMA_VERSION, AnswerRecord, InputRef, SliceRecord, Subject
 from edge.sqlite import insert, open_foreign, open_owned, transaction
 
@@ -195,9 +198,9 @@ class Store:
         """Adds one slice and its model input to its series, inside `writing`; True for the first slice.
 
         A slice of another package than the series was begun with throws the old slices out: their objects
-        are leased again, because a series is read by one package.
+        are leased again, because a series is read by one package. So are those of a series that was pruned.
         """
-        self._restart_if_package_changed(series)
+        self._restart_if_needed(series)
         row = {name: getattr(series, name) for name in OpenSeries.__struct_fields__}
         row["subject"] = _ENCODER.encode(series.subject)
         first = insert(self._db, "series", row, on_conflict="OR IGNORE")
@@ -257,26 +260,36 @@ class Store:
         intake = self._follow_intake()
         return intake is not None and (
             intake.execute(
-                "SELECT 1 FROM objects WHERE series = ? AND id > ? AND state = 'kept'", (series, self._intake_cursor(intake))
+                "SELECT 1 FROM objects WHERE series = ? AND id > ? AND state = 'kept'",
+                (series, self._intake_cursor(intake)),
             ).fetchone()
             is not None
         )
 
-    def delivered_whole(self, series: OpenSeries) -> bool:
-        """Tells whether the association of the latest slice has ended and brought more than one slice.
+    def evidence(self, series: OpenSeries) -> Evidence:
+        """Returns what is known of an open series."""
+        announced = evidence.announced(self._db, series.series)
+        return Evidence(
+            pending_since=series.pending_since,
+            last_stored_at=series.last_stored_at,
+            unread=self.unread(series.series),
+            ended=evidence.ended(self._db, self._follow_intake(), series.answer, series.association),
+            arrived=evidence.arrived(self._db, series.series) if announced else 0,
+            announced=announced,
+        )
 
-        A sender that opens an association an image says nothing about the series by closing it.
-        """
-        intake = self._follow_intake()
-        if not series.association or intake is None:
-            return False
-        if not intake.execute("SELECT 1 FROM associations WHERE id = ?", (series.association,)).fetchone():
-            return False
-        count = self._db.execute(
-            "SELECT COUNT(*) FROM slices WHERE answer = ? AND association = ?",
-            (series.answer, series.association),
-        ).fetchone()[0]
-        return int(count) > 1
+    def announce(self, series: str, part: str, count: int) -> None:
+        """Keeps what an object says about the number of objects in its series; inside `writing`."""
+        evidence.announce(self._db, series, part, count)
+
+    def gone(self, series: str) -> int:
+        """Returns how many objects of a series had to be read again and had left the spool."""
+        return evidence.gone(self._db, series)
+
+    def prune(self, before: float, *, undelivered: bool) -> bool:
+        """See `edge.results.evidence.prune`."""
+        with self.writing():
+            return evidence.prune(self._db, before, undelivered=undelivered)
 
     def record_serving(self, served: Served, now: float) -> None:
         """Writes down what this process serves, after its golden proof."""
@@ -300,27 +313,32 @@ class Store:
             self._intake.close()
 
     def _lapsed(self, now: float) -> list[Claimed]:
-        row = self._db.execute(
-            "SELECT digest FROM work WHERE outcome = '' AND claimed_at = 0 ORDER BY object LIMIT 1"
-        ).fetchone()
         intake = self._follow_intake()
-        if row is None or intake is None:
-            return []
-        found = intake.execute("SELECT * FROM objects WHERE digest = ?", (row["digest"],)).fetchone()
-        with self.writing():
-            if found is None:  # intake lost its index and the file with it
-                self._db.execute("UPDATE work SET outcome = 'ignored' WHERE digest = ?", (row["digest"],))
-                return []
-            self._db.execute("UPDATE work SET claimed_at = ?, tries = tries + 1 WHERE digest = ?", (now, row["digest"]))
-        tries = self._db.execute("SELECT tries FROM work WHERE digest = ?", (row["digest"],)).fetchone()[0]
-        return [_claimed(found, int(tries), now)]
+        while intake is not None:
+            row = self._db.execute(
+                "SELECT digest FROM work WHERE outcome = '' AND claimed_at = 0 ORDER BY object LIMIT 1"
+            ).fetchone()
+            if row is None:
+                break
+            found = intake.execute(
+                "SELECT * FROM objects WHERE digest = ? AND state = 'kept'", (row["digest"],)
+            ).fetchone()
+            with self.writing():
+                if found is None:  # it has left the spool; if it comes again it is read
+                    self._db.execute("UPDATE work SET outcome = ? WHERE digest = ?", (GONE, row["digest"]))
+                    continue
+                leased = "UPDATE work SET claimed_at = ?, tries = tries + 1 WHERE digest = ? RETURNING tries"
+                tries = self._db.execute(leased, (now, row["digest"])).fetchone()["tries"]
+            return [_claimed(found, int(tries), now)]
+        return []
 
     def _arrived(self, now: float) -> list[Claimed]:
         intake = self._follow_intake()
         if intake is None:
             return []
         rows = intake.execute(
-            "SELECT * FROM objects WHERE id > ? AND state = 'kept' ORDER BY id LIMIT ?", (self._intake_cursor(intake), _CLAIM_BATCH)
+            "SELECT * FROM objects WHERE id > ? AND state = 'kept' ORDER BY id LIMIT ?",
+            (self._intake_cursor(intake), _CLAIM_BATCH),
         ).fetchall()
         if not rows:
             return []
@@ -335,14 +353,23 @@ class Store:
                     "tries": 1,
                     "outcome": "",
                 }
-                if insert(self._db, "work", lease, on_conflict="OR IGNORE"):
+                if insert(self._db, "work", lease, on_conflict="OR IGNORE") or self._came_again(row, now):
                     claimed.append(_claimed(row, 1, now))
             self.set_cursor(self._intake_name, rows[-1]["id"])
         return claimed
 
-    def _restart_if_package_changed(self, series: OpenSeries) -> None:
-        row = self._db.execute("SELECT package FROM series WHERE answer = ?", (series.answer,)).fetchone()
-        if row is not None and row["package"] != series.package:
+    def _came_again(self, row: sqlite3.Row, now: float) -> bool:
+        """Leases an object that was wanted while it was gone."""
+        again = "UPDATE work SET outcome = '', object = ?, claimed_at = ?, tries = 1 WHERE digest = ? AND outcome = ?"
+        return self._db.execute(again, (row["id"], now, row["digest"], GONE)).rowcount > 0
+
+    def _restart_if_needed(self, series: OpenSeries) -> None:
+        row = self._db.execute(
+            "SELECT package, pending_since IS NULL AND NOT EXISTS (SELECT 1 FROM slices WHERE slices.answer ="
+            " series.answer) AS pruned FROM series WHERE answer = ?",
+            (series.answer,),
+        ).fetchone()
+        if row is not None and (row["package"] != series.package or row["pruned"]):
             self.reread(series.answer, series.series, series.package)
 
     def _keep_peaks(self, answer: str, key: str, record: SliceRecord, image: bytes) -> None:

@@ -11,7 +11,7 @@ from msgspec import Struct
 from shared.package.input_spec import InputSpec
 from shared.package.manifest import ModelClass
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS cursors (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 
@@ -22,7 +22,8 @@ CREATE TABLE IF NOT EXISTS work (
     series TEXT NOT NULL,
     claimed_at REAL NOT NULL,
     tries INTEGER NOT NULL,
-    outcome TEXT NOT NULL           -- '' leased, answered, slice, unassessed, ignored, quarantined, rule:<action>
+    outcome TEXT NOT NULL           -- '' leased, answered, slice, unassessed, ignored, quarantined, rule:<action>,
+                                    -- gone: wanted again after it had left the spool
 );
 CREATE INDEX IF NOT EXISTS work_open ON work (outcome, claimed_at);
 CREATE INDEX IF NOT EXISTS work_series ON work (series);
@@ -52,6 +53,10 @@ CREATE TABLE IF NOT EXISTS slices (
     association TEXT NOT NULL,
     PRIMARY KEY (answer, key)
 );
+-- How many objects a series is said to have: part '' is the series itself, else one of its acquisitions.
+CREATE TABLE IF NOT EXISTS announced (
+    series TEXT NOT NULL, part TEXT NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (series, part)
+);
 -- Of each class the slice with the largest logit keeps its model input: one becomes the answer's image.
 CREATE TABLE IF NOT EXISTS peaks (
     answer TEXT NOT NULL, class INTEGER NOT NULL, logit REAL NOT NULL, key TEXT NOT NULL, image BLOB NOT NULL,
@@ -72,6 +77,7 @@ CREATE TABLE IF NOT EXISTS answers (
 );
 CREATE INDEX IF NOT EXISTS answers_open ON answers (documents);
 CREATE INDEX IF NOT EXISTS answers_study ON answers (study);
+CREATE INDEX IF NOT EXISTS answers_shown ON answers (answered_at) WHERE display IS NOT NULL;
 
 CREATE TABLE IF NOT EXISTS quarantine (
     digest TEXT PRIMARY KEY, file TEXT NOT NULL, sop_instance TEXT NOT NULL, study TEXT NOT NULL,
@@ -82,7 +88,7 @@ CREATE TABLE IF NOT EXISTS deliveries (
     sop_instance TEXT PRIMARY KEY, sop_class TEXT NOT NULL, transfer_syntax TEXT NOT NULL,
     answer TEXT NOT NULL, version INTEGER NOT NULL, kind TEXT NOT NULL,     -- report, picture
     data BLOB NOT NULL,             -- the DICOM file
-    state TEXT NOT NULL,            -- waiting, sent, refused
+    state TEXT NOT NULL,            -- waiting, sent, expired (there was no PACS)
     tries INTEGER NOT NULL, next_at REAL NOT NULL, last_error TEXT NOT NULL, sent_at REAL
 );
 CREATE INDEX IF NOT EXISTS deliveries_due ON deliveries (state, next_at);
@@ -170,7 +176,7 @@ class AnswerRecord(Struct, frozen=True):
     held_out: bool
     phantom: bool
     conflict: bool  # other bytes were received under the same SOP Instance UID
-    complete: str  # why the series was thought complete; empty for one image
+    complete: str  # why the series was thought complete, and whether it was opened again; empty for one image
     received_at: float
     stored_at: float  # of the last image
     answered_at: float

@@ -23,7 +23,6 @@ from edge.pipeline import Pipeline
 from edge.results import reading
 from edge.results.documents import Builder
 from edge.results.reading import WorklistRow
-from edge.results.series import Rules, completeness
 from edge.results.store import MAX_TRIES, Store
 from edge.results.tables import AnswerRecord
 from edge.web.labels import Labels, Person
@@ -207,22 +206,6 @@ def test_a_sender_that_opens_an_association_an_image_waits_for_quiet(node: Node)
     assert node.worklist() == []
     node.run(after_s=1)
     assert [row.version for row in node.worklist()] == [1]
-
-
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
-        ({}, ""),
-        ({"now": 103.1}, "quiet time"),
-        ({"now": 103.1, "unread": True}, ""),
-        ({"delivered": True}, "association ended"),
-        ({"delivered": True, "unread": True}, ""),
-        ({"now": 160.0, "last_stored_at": 159.9, "unread": True}, "hard limit"),
-    ],
-)
-def test_when_a_series_is_complete(changes: dict[str, float], why: str) -> None:
-    plain = {"now": 100.5, "pending_since": 99.0, "last_stored_at": 100.0, "unread": False, "delivered": False}
-    assert completeness(Rules(3.0, 60.0), **{**plain, **changes}) == why  # type: ignore[arg-type]
 
 
 def test_what_no_head_reads_is_said_once_a_series(node: Node) -> None:

@@ -365,7 +365,9 @@ def test_full_then_evicted_then_served_again_without_a_restart(
     node = Node(tmp_path / "state", limit_bytes=int(10.2 * size))
     door = make_door(node.spool)
     try:
-        files = write_files(tmp_path / "send", [xray(seed) for seed in range(12)])
+        files = write_files(
+            tmp_path / "send", [phantom_study("chest-xray", 1, seed=s, patient=f"P{s}")[0] for s in range(12)]
+        )
         assert storescu(door.port, files[:8]).returncode == 0
         assert node.later(0) == 0
         assert node.spool.index.rows("SELECT level FROM room")[0]["level"] == ""

@@ -107,6 +107,8 @@ def make_pipeline(
         labels=state / "labels.sqlite",
         site_key=SITE_KEY,
         rules=Rules(quiet_s=quiet_s, hard_limit_s=60),
+        keep_s=14 * 86400,
+        pacs=False,
         enqueue=enqueue,
         delivered=lambda: None,
         clock=clock or SystemClock(),
