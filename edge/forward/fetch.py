@@ -296,8 +296,9 @@ class Fetcher:
         while not self._stopping.is_set():
             try:
                 self.step()
-            except RadfleetError as exc:
-                get_logger().error("forward.fetch_failed", source=self._peer.name, error=exc.message)
+            except Exception as exc:  # noqa: BLE001 a thread that ends would stop fetching in silence
+                error = exc.message if isinstance(exc, RadfleetError) else type(exc).__name__
+                get_logger().error("forward.fetch_failed", source=self._peer.name, error=error)
             self._stopping.wait(_EVERY_S)
 
     def _now(self) -> float:

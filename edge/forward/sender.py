@@ -159,8 +159,9 @@ class Sender:
             try:
                 if self.step():
                     continue
-            except RadfleetError as exc:
-                get_logger().error("forward.sender_failed", destination=self._peer.name, error=exc.message)
+            except Exception as exc:  # noqa: BLE001 a thread that ends would stop this destination in silence
+                error = exc.message if isinstance(exc, RadfleetError) else type(exc).__name__
+                get_logger().error("forward.sender_failed", destination=self._peer.name, error=error)
             self._wake.wait(_IDLE_S)
 
     def _now(self) -> float:

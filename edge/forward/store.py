@@ -10,9 +10,11 @@ from typing import Any
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import build_context
 from pynetdicom.presentation import PresentationContext
+from pynetdicom.sop_class import Verification
 
 from edge.forward.peer import ANSWER_S, SLOWEST_BYTES_S
 from edge.forward.transcode import to_little_endian
+from edge.intake.head import valid_uid
 from shared.errors import LinkError, PeerError
 
 EXPLICIT, IMPLICIT = str(ExplicitVRLittleEndian), str(ImplicitVRLittleEndian)
@@ -25,14 +27,17 @@ class NotTakenError(PeerError):
 
 
 def contexts_for(kinds: Iterable[tuple[str, str]]) -> list[PresentationContext]:
-    """Returns what to propose for (SOP class, transfer syntax) pairs: each as stored, and uncompressed beside it."""
-    wanted = dict.fromkeys(kinds)
+    """Returns what to propose for (SOP class, transfer syntax) pairs: each as stored, and uncompressed beside it.
+
+    What is no UID is not proposed; `send_file` then says that the peer does not take it.
+    """
+    wanted = dict.fromkeys(kind for kind in kinds if all(valid_uid(uid) for uid in kind))
     found = [build_context(*kind) for kind in wanted]
     for sop_class in dict.fromkeys(kind[0] for kind in wanted):
         plain = [one for one in (EXPLICIT, IMPLICIT) if (sop_class, one) not in wanted]
         if plain:
             found.append(build_context(sop_class, plain))
-    return found
+    return found or [build_context(Verification)]  # no association proposes nothing
 
 
 def send_file(
