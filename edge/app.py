@@ -302,6 +302,7 @@ def run_web(config: EdgeConfig, stop: threading.Event) -> None:
     """Serves the reading page until `stop`."""
     from edge.web.dicomweb.retention import Retention
     from edge.web.dicomweb.routes import DicomWeb
+    from edge.web.forwarding import Forwarding
     from edge.web.site import web_app
     from edge.web.studies import Studies
     from shared.serve import Listener, serve
@@ -320,7 +321,12 @@ def run_web(config: EdgeConfig, stop: threading.Event) -> None:
         pacs=f"{config.pacs.ae_title} at {config.pacs.host}:{config.pacs.port}" if config.pacs else "",
     )
     dicomweb = DicomWeb(Retention(state / "intake.sqlite", state / "spool"), config.run_folder / "intake.sock")
-    app = web_app(studies, labels, clock, dicomweb=dicomweb, door=door_view(config, dicomweb.retention))
+    forwarding = Forwarding(
+        state / "forward.sqlite", state / "results.sqlite", destinations(config), forward_requests(config), labels
+    )
+    app = web_app(
+        studies, labels, clock, dicomweb=dicomweb, forwarding=forwarding, door=door_view(config, dicomweb.retention)
+    )
     listener = Listener(app, web.host, ports(config)["web"], web.certificate, web.key)
     serve([listener], stop, lambda: announce(config.run_folder, "web", url=web_url(config)))
     labels.close()

@@ -13,6 +13,7 @@ from edge.web.api import api_router
 from edge.web.dicomweb.routes import PREFIX, DicomWeb, dicomweb_router, refusal
 from edge.web.door import Door
 from edge.web.door_pages import door_router
+from edge.web.forwarding import Forwarding, forwarding_router
 from edge.web.labels import Labels
 from edge.web.pages import Pages, page_router
 from edge.web.session import Gatekeeper, SignInNeededError
@@ -25,7 +26,15 @@ from shared.serve import SecurityHeaders, status_of
 STATIC = Path(__file__).parent / "static"
 
 
-def web_app(studies: Studies, labels: Labels, clock: Clock, *, dicomweb: DicomWeb, door: Door) -> SecurityHeaders:
+def web_app(
+    studies: Studies,
+    labels: Labels,
+    clock: Clock,
+    *,
+    dicomweb: DicomWeb,
+    door: Door,
+    forwarding: Forwarding | None = None,
+) -> SecurityHeaders:
     """Returns the application of the reading page, with DICOMweb under /dicom-web."""
     app = FastAPI(openapi_url=None)
     keeper, pages = Gatekeeper(labels, clock), Pages(studies)
@@ -33,6 +42,8 @@ def web_app(studies: Studies, labels: Labels, clock: Clock, *, dicomweb: DicomWe
     app.include_router(page_router(studies, labels, keeper, pages))
     app.include_router(door_router(door, labels, keeper, pages, clock))
     app.include_router(dicomweb_router(dicomweb, labels, keeper))
+    if forwarding is not None:
+        app.include_router(forwarding_router(forwarding, keeper, pages))
     app.mount("/static", StaticFiles(directory=shared.pages.FOLDER))
     app.mount("/reading", StaticFiles(directory=STATIC))
 
