@@ -20,7 +20,7 @@ from edge.config import TEMPLATE, EdgeConfig, load_config
 from edge.enrolment import enrol as enrol_node
 from edge.enrolment import read_identity
 from edge.imaging.export import export_object, objects_of
-from edge.report import node_report, withheld_count
+from edge.report import node_report, room_state, withheld_count
 from edge.slots.journal import Journal
 from edge.web.labels import Labels
 from shared.clock import SystemClock
@@ -106,6 +106,7 @@ def status(
     report = node_report(settings.state, journal.reports(), clock_trusted=True)
     journal.close()
     ready = read_facts(settings.run_folder / "ready.json")
+    room = room_state(settings.state)
     if as_json:
         body = {
             "node": node,
@@ -114,6 +115,7 @@ def status(
                 **msgspec.structs.asdict(report),
                 "slots": [msgspec.structs.asdict(slot) for slot in report.slots],
             },
+            "room": room,
         }
         out.print(msgspec.json.encode(body).decode())
         return
@@ -124,6 +126,7 @@ def status(
     table.add_row("serving", f"pid {report.serving_pid}, golden {report.golden[:12]}")
     table.add_row("studies", f"{report.studies} answered, {report.quarantined} in quarantine")
     table.add_row("labels", f"{report.labelled}, {withheld_count(settings.state)} kept out of learning")
+    table.add_row("room", room.text if room else "no word yet")
     table.add_row("outbox", f"{report.outbox_waiting} waiting, {report.outbox_expired} expired")
     for slot in report.slots:
         table.add_row("slot", f"{slot.release} {slot.package[:12]} {slot.state} {slot.reason}")

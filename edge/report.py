@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
 from edge.sqlite import open_foreign
 from shared.wire.records import NodeReport, SlotReport
+
+
+class RoomState(Struct, frozen=True):
+    """How full the spool is, as the intake process last said (edge.intake.room)."""
+
+    used_bytes: int
+    capacity_bytes: int
+    level: str  # "", "warning" or "full"
+    held: dict[str, int]  # objects whose time is over, by what they wait for
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        share = self.used_bytes / self.capacity_bytes if self.capacity_bytes else 1.0
+        means = {"warning": ": objects leave early", "full": ": senders are refused"}.get(self.level, "")
+        held = ", ".join(f"{count} {why}" for why, count in sorted(self.held.items()))
+        waiting = f"; kept on: {held}" if held else ""
+        return f"{share:.0%} of {self.capacity_bytes / 1e9:.1f} GB{means}" + (
+            f"; kept on: {waiting}" if waiting else ""
+        )
 
 
 def node_report(state: Path, slots: list[SlotReport], *, clock_trusted: bool) -> NodeReport:
@@ -47,6 +70,16 @@ def degraded_reason(state: Path) -> str:
     """Returns why the serving process runs slower or less exactly than it could; empty when it does not."""
     rows = _rows(state / "results.sqlite", "SELECT * FROM serving")
     return next((str(row.get("degraded", "")) for row in rows), "")
+
+
+def room_state(state: Path) -> RoomState | None:
+    """Returns how full the spool is; None before the intake process said anything."""
+    index = state / "intake.sqlite"
+    if not _rows(index, "SELECT 1 FROM sqlite_master WHERE name = 'room'"):
+        return None  # an older version's
+    for row in _rows(index, "SELECT * FROM room"):
+        return RoomState(row["used_bytes"], row["capacity_bytes"], row["level"], json.loads(row["held"]))
+    return None
 
 
 def withheld_count(state: Path) -> int:

@@ -76,7 +76,7 @@ def api_router(studies: Studies, labels: Labels, keeper: Gatekeeper) -> APIRoute
     def status() -> Response:
         report = msgspec.structs.asdict(studies.report())
         report["slots"] = [msgspec.structs.asdict(slot) for slot in report["slots"]]
-        return _json({"counts": studies.counts(), "report": report})
+        return _json({"counts": studies.counts(), "report": report, "room": studies.room()})
 
     return router
 

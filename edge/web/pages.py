@@ -57,6 +57,7 @@ def page_router(studies: Studies, labels: Labels, keeper: Gatekeeper, pages: Pag
             "counts": studies.counts(),
             "report": studies.report(),
             "link": studies.link(),
+            "room": studies.room(),
             "degraded": studies.degraded(),
             "pacs": studies.pacs,
         }

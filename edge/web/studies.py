@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge.report import RoomState, room_state
 from edge.results import reading
 from edge.results.reading import Counts, QuarantineRow, WorklistRow
 from edge.results.tables import AnswerRecord
@@ -53,6 +54,10 @@ class Studies:
     def withheld(self, record: AnswerRecord) -> str:
         """Returns why nothing is learned from a confirmed answer; empty when something is, or nobody confirmed it."""
         return reading.withheld(self.results.parent / "cases" / "cases.sqlite", record.case)
+
+    def room(self) -> RoomState | None:
+        """Returns how full the spool is; None before the intake process said anything."""
+        return room_state(self.results.parent)
 
     def image(self, answer: str) -> bytes:
         """Returns the image of an answer as PNG."""

@@ -25,6 +25,7 @@ from edge.intake.status import Outcome
 from edge.pipeline import Pipeline
 from tests.simulators.modality import encoded, phantom_study, storescu, write_files
 from tests.simulators.node import make_door, make_pipeline, make_spool, run_until_idle
+from tests.simulators.reading import ReadingNode
 
 DAY, HOUR = 86400.0, 3600.0
 RETENTION = Retention(full_s=14 * DAY, short_s=24 * HOUR)
@@ -355,6 +356,29 @@ def test_what_is_promised_while_it_is_chosen_stays(tmp_path: Path) -> None:
     node.spool.index.promise([str(item.SOPInstanceUID)], node.clock.seconds)
     assert node.spool.evict([digest], promised_before=node.clock.seconds) == 0
     assert node.files() == 1
+
+
+def test_the_page_and_status_say_how_full_the_spool_is_and_what_waits(tmp_path: Path) -> None:
+    node = ReadingNode(tmp_path / "state").start()
+    watcher = node.client(node.person("Ada", "administrator"))
+    try:
+        assert watcher.get("/api/status").json()["room"] is None
+        spool = make_spool(tmp_path / "state", limit_bytes=1_700_000)
+        clock = Clock()
+        clock.seconds += 100 * DAY
+        Keeper(spool, Books(tmp_path / "state", pacs=True, forwarding=False), RETENTION, clock).step()
+        room = watcher.get("/api/status").json()["room"]
+        assert (room["level"], room["held"]) == ("warning", {debts.UNDELIVERED: 3, debts.QUARANTINED: 1})
+        page = watcher.get("/status").text
+        assert "objects leave early; kept on: 1 in quarantine: cannot be read, 3 waiting for the PACS" in page
+    finally:
+        watcher.close()
+        node.stop()
+    config = tmp_path / "edge.toml"
+    config.write_text('[node]\nstate = "state"\n')
+    command = [sys.executable, "-m", "edge", "status", "--json", "--config", str(config)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(said.stdout)["room"]["level"] == "warning"
 
 
 @pytest.mark.e2e
