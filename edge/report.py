@@ -29,9 +29,7 @@ class RoomState(Struct, frozen=True):
         means = {"warning": ": objects leave early", "full": ": senders are refused"}.get(self.level, "")
         held = ", ".join(f"{count} {why}" for why, count in sorted(self.held.items()))
         waiting = f"; kept on: {held}" if held else ""
-        return f"{share:.0%} of {self.capacity_bytes / 1e9:.1f} GB{means}" + (
-            f"; kept on: {waiting}" if waiting else ""
-        )
+        return f"{share:.0%} of {self.capacity_bytes / 1e9:.1f} GB{means}{waiting}"
 
 
 def node_report(state: Path, slots: list[SlotReport], *, clock_trusted: bool) -> NodeReport:
