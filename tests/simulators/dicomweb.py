@@ -105,11 +105,12 @@ class DicomWebNode:
             assert self.spool.store(arriving, [encoded(item)]) is not None
 
     def store_files(self, paths: Sequence[Path]) -> list[Path]:
-        """Stores files; returns those that were kept."""
+        """Stores files; returns those that are shown: the last of several under the same UIDs."""
         kept = []
         for path in paths:
             sop_class, sop_instance, syntax, data = split_file(path)
-            if self.spool.store(Arriving(sop_class, sop_instance, syntax, "MODALITY"), [data]) is Outcome.STORED:
+            arriving = Arriving(sop_class, sop_instance, syntax, calling_ae="MODALITY")
+            if self.spool.store(arriving, [data]) in {Outcome.STORED, Outcome.CONFLICT}:
                 kept.append(path)
         return kept
 
@@ -121,7 +122,8 @@ class DicomWebNode:
         return token
 
     def client(self, token: str) -> httpx.Client:
-        return httpx.Client(base_url=f"{self.url}/dicom-web", headers={"Authorization": f"Bearer {token}"}, timeout=60)
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return httpx.Client(base_url=f"{self.url}/dicom-web", headers=headers, timeout=60)
 
     def foreign_client(self, token: str) -> DICOMwebClient:
         """A DICOMweb client that is not ours."""

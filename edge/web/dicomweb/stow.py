@@ -170,6 +170,10 @@ class Stow:
             ]
         except Exception as exc:  # pydicom names no family for damaged input
             raise PeerError("The file meta information cannot be read.") from exc
+        if file.tell() >= there and not last and there < META_BYTES * 2:
+            return None  # it ended for want of bytes, not at the first element of the data set
+        if not all(names):
+            raise PeerError("The file meta information does not name class, instance and transfer syntax.")
         del start[: file.tell()]
         return self._source(*names)
 
