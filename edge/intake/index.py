@@ -261,7 +261,7 @@ class Index:
         with self._writing() as db:
             insert(db, "quarantine", row, on_conflict="OR REPLACE")
             total, gone = 0, []
-            for one in db.execute("SELECT digest, file, length FROM quarantine ORDER BY at DESC").fetchall():
+            for one in db.execute("SELECT digest, file, length FROM quarantine ORDER BY rowid DESC").fetchall():
                 total += one["length"]
                 if total > limit_bytes:
                     gone.append((one["digest"], one["file"]))

@@ -121,9 +121,12 @@ class Part:
         return self._digest.hexdigest()
 
     def discard(self) -> None:
-        """Removes the temporary file; safe to call again."""
+        """Removes the temporary file; never raises, safe to call again. What stays goes at the next start."""
         self.close()
-        self.path.unlink(missing_ok=True)
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as exc:  # a disk that turned read-only: the answer must go out all the same
+            get_logger().error("intake.part_stays", error=type(exc).__name__)
 
     def close(self) -> None:
         """Closes the file, whatever its buffer still holds."""

@@ -27,6 +27,7 @@ from edge.intake.peers import AllowList, Peer
 from edge.intake.spool import Spool
 from edge.intake.tls import Tls
 from shared.clock import SystemClock
+from shared.log import configure
 
 START_S = 60.0
 
@@ -47,9 +48,9 @@ class DoorProcess:
                 return int(line.split()[1]) / 1024
         raise ValueError(what)
 
-    def threads(self) -> int:
-        """Returns how many threads the process has."""
-        return len(list(Path(f"/proc/{self.pid}/task").iterdir()))
+    def threads(self) -> set[int]:
+        """Returns the identifiers of the process's threads."""
+        return {int(path.name) for path in Path(f"/proc/{self.pid}/task").iterdir()}
 
 
 def command(state: Path, *options: str) -> list[str]:
@@ -178,7 +179,8 @@ def main() -> None:
     options = parser.parse_args()
     options.allow = options.allow or ["MODALITY"]
     said = os.dup(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the log: nobody reads the pipe after the first line
+    os.dup2(2, 1)  # nobody reads the pipe after the first line
+    configure("door")
     if options.many:
         _many(options, said)
     else:

@@ -90,7 +90,7 @@ def steps(doors: Doors, folder: Path) -> list[Step]:
     sending = write_sending(folder / "sending-steps", 0)
     door = doors.start(state)
     trace = folder / "steps.trace"
-    tracer = _attach(door, "-o", str(trace))
+    tracer = attach(door, "-o", str(trace))
     sent = _send(door, [sending])
     doors.kill(door)
     tracer.wait(10)
@@ -114,7 +114,7 @@ def kill_at(doors: Doors, folder: Path, step: Step, senders: Sequence[Sending]) 
     """Kills a door at a step while everybody sends, starts it again, sends again, and looks."""
     state = _fresh(folder / "state")
     door = doors.start(state)
-    tracer = _attach(door, "-o", "/dev/null", "-e", f"trace={step.name}", "-e", _inject(step))
+    tracer = attach(door, "-o", "/dev/null", "-e", f"trace={step.name}", "-e", _inject(step))
     acknowledged = _send(door, senders)
     hit = not alive(door)
     doors.kill(door)
@@ -135,6 +135,21 @@ def kill_at(doors: Doors, folder: Path, step: Step, senders: Sequence[Sending]) 
     finally:
         doors.kill(again)
     return Killed(step, len(senders), hit, sum(acknowledged), tuple(faults))
+
+
+def attach(door: DoorProcess, *options: str, thread: int = 0) -> subprocess.Popen[str]:
+    """Starts strace on a running door, or on one thread of it, and returns when it has it; `terminate` lets go."""
+    tracer = subprocess.Popen(
+        ["strace", *(["-p", str(thread)] if thread else ["-f", "-p", str(door.pid)]), *options],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert tracer.stderr is not None
+    line = tracer.stderr.readline()
+    if "attached" not in line:
+        tracer.kill()
+        raise RuntimeError(f"strace cannot attach: {line.strip()}")
+    return tracer
 
 
 def kept(state: Path, expected: dict[str, bytes]) -> dict[str, int]:
@@ -169,19 +184,6 @@ def choose(every: Sequence[Step], seed: int) -> tuple[Step, int]:
 
 def _inject(step: Step) -> str:
     return f"inject={step.name}:signal=KILL:when={step.count}"
-
-
-def _attach(door: DoorProcess, *options: str) -> subprocess.Popen[str]:
-    """Starts strace on a running door and returns when it has it."""
-    tracer = subprocess.Popen(
-        ["strace", "-f", "-p", str(door.pid), *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
-    assert tracer.stderr is not None
-    line = tracer.stderr.readline()
-    if "attached" not in line:
-        tracer.kill()
-        raise RuntimeError(f"strace cannot attach: {line.strip()}")
-    return tracer
 
 
 def _send(door: DoorProcess, senders: Sequence[Sending]) -> list[int]:

@@ -74,7 +74,13 @@ def make_spool(state: Path, clock: Clock | None = None, **limits: int) -> Spool:
     )
 
 
-def make_door(spool: Spool, *, allow: tuple[Peer, ...] = (Peer("MODALITY", "127.0.0.1"),), **more: Any) -> Door:
+def make_door(
+    spool: Spool,
+    *,
+    allow: tuple[Peer, ...] = (Peer("MODALITY", "127.0.0.1"),),
+    clock: Clock | None = None,
+    **more: Any,
+) -> Door:
     door = Door(
         spool,
         ae_title="RADFLEET",
@@ -82,7 +88,7 @@ def make_door(spool: Spool, *, allow: tuple[Peer, ...] = (Peer("MODALITY", "127.
         port=0,
         allow=AllowList(allow),
         nudge=lambda: None,
-        clock=SystemClock(),
+        clock=clock or SystemClock(),
         **more,
     )
     door.start()
