@@ -6,7 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 import typer
@@ -213,10 +213,12 @@ def list_(
         body = {"destinations": queues, "dead": letters, "fetches": fetches, "not_read": not_read}
         out.print(msgspec.json.encode(body).decode())
         return
-    table = Table("destination", "where", "waiting", "sent", "dead", "last error", "cure")
+    table = Table("destination", "where", "waiting", "sent", "dead", "dropped", "last error", "cure")
     for one in queues:
         where = one.where if one.configured else "not configured any more"
-        table.add_row(one.name, where, *map(str, (one.waiting, one.sent, one.dead)), one.last_error, one.cure)
+        table.add_row(
+            one.name, where, *map(str, (one.waiting, one.sent, one.dead, one.dropped)), one.last_error, one.cure
+        )
     console = Console(highlight=False, markup=False)
     console.print(table)
     if letters:
@@ -246,9 +248,23 @@ def retry(
     config: ConfigOption = DEFAULT_CONFIG,
 ) -> None:
     """Asks the forward process to try dead objects again."""
+    _ask("retry", ids or [], destination, config)
+
+
+@forward.command()
+def drop(
+    ids: Annotated[list[int] | None, typer.Argument(help="Ids that `forward list` shows.")] = None,
+    destination: Annotated[str, typer.Option(help="All that this destination did not get, waiting too.")] = "",
+    config: ConfigOption = DEFAULT_CONFIG,
+) -> None:
+    """Gives up what a destination will never take; until then its bytes hold room in the spool."""
+    _ask("drop", ids or [], destination, config)
+
+
+def _ask(action: Literal["retry", "drop"], ids: list[int], destination: str, config: Path) -> None:
     if bool(ids) == bool(destination):
         raise ConfigError("Say ids or --destination.", cure="Look at `radfleet-edge forward list`.")
-    parts.forward_requests(load_config(config)).leave(reading.Retry("console", ids or [], destination))
+    parts.forward_requests(load_config(config)).leave(reading.Request("console", action, ids, destination))
     out.print("Asked.")
 
 

@@ -57,8 +57,9 @@ class Forward:
         worked = False
         try:
             for request in self._requests.take():
-                count = self._queue.retry(request.ids, request.destination)
-                get_logger().info("forward.retried", by=request.by, destination=request.destination, objects=count)
+                change = self._queue.retry if request.action == "retry" else self._queue.drop
+                count = change(request.ids, request.destination)
+                get_logger().info(f"forward.{request.action}", by=request.by, name=request.destination, objects=count)
                 self._wake(at_once=True)
                 worked = True
             if self._follower.step():

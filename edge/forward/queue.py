@@ -30,7 +30,7 @@ CREATE TABLE IF NOT EXISTS queue (
     modality TEXT NOT NULL, calling_ae TEXT NOT NULL,
     why TEXT NOT NULL,                  -- the rule's name and what matched
     priority INTEGER NOT NULL,          -- 0 high, 1 normal, 2 low
-    state TEXT NOT NULL,                -- waiting, sent, dead
+    state TEXT NOT NULL,                -- waiting, sent, dead (a person must look), dropped (gave it up)
     tries INTEGER NOT NULL,             -- refusals, lost associations and transcodings begun
     next_at REAL NOT NULL,
     last_error TEXT NOT NULL, cure TEXT NOT NULL,
@@ -195,6 +195,16 @@ class Queue:
             if destination:
                 return db.execute(f"{fresh} destination = ?", (destination,)).rowcount
             return sum(db.execute(f"{fresh} id = ?", (one,)).rowcount for one in ids)
+
+    def drop(self, ids: Sequence[int], destination: str = "") -> int:
+        """Gives up dead objects by id, or all that a destination did not get; returns how many."""
+        given_up = "UPDATE queue SET state = 'dropped' WHERE "
+        with self.writing() as db:
+            if destination:
+                return db.execute(
+                    f"{given_up} destination = ? AND state IN ('waiting', 'dead')", (destination,)
+                ).rowcount
+            return sum(db.execute(f"{given_up} id = ? AND state = 'dead'", (one,)).rowcount for one in ids)
 
     def is_prior(self, study: str, now: float) -> bool:
         """Tells whether this node fetched the study as a prior lately."""

@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from msgspec import Struct
@@ -31,6 +32,7 @@ class DestinationState(Struct, frozen=True):
     waiting: int
     sent: int
     dead: int
+    dropped: int  # a person gave them up
     oldest_at: float | None  # of what waits, seconds since 1970
     last_error: str  # empty when the peer answered last time
     cure: str
@@ -63,10 +65,11 @@ class FetchState(Struct, frozen=True):
     cure: str
 
 
-class Retry(Struct, frozen=True):
-    """A request to try dead objects again: some, or all of one destination."""
+class Request(Struct, frozen=True):
+    """What a person asks for: `retry` dead objects, or `drop` what will never be taken; some, or a destination's."""
 
     by: str
+    action: Literal["retry", "drop"]
     ids: list[int] = []
     destination: str = ""
 
@@ -79,17 +82,17 @@ class Requests:
         self._folder = folder
         self._ear = ear
 
-    def leave(self, retry: Retry) -> None:
+    def leave(self, request: Request) -> None:
         """Leaves a request and wakes the process; durable when it returns."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        atomic_write(self._folder / f"{secrets.token_hex(8)}.json", msgspec.json.encode(retry))
+        atomic_write(self._folder / f"{secrets.token_hex(8)}.json", msgspec.json.encode(request))
         nudge(self._ear)
 
-    def take(self) -> Iterator[Retry]:
+    def take(self) -> Iterator[Request]:
         """Yields what was left; a request is removed after its turn, so after a crash it is taken again."""
         for path in sorted(self._folder.glob("*.json")):
             try:
-                yield msgspec.json.decode(read_limited(path, _REQUEST_LIMIT_BYTES), type=Retry)
+                yield msgspec.json.decode(read_limited(path, _REQUEST_LIMIT_BYTES), type=Request)
             except (RadfleetError, msgspec.MsgspecError) as exc:
                 get_logger().warning("forward.request_unread", reason=type(exc).__name__)
             path.unlink(missing_ok=True)
@@ -111,6 +114,7 @@ def destinations(path: Path, configured: dict[str, str]) -> list[DestinationStat
                 waiting=int(row["waiting"]) if row else 0,
                 sent=int(row["sent"]) if row else 0,
                 dead=int(row["dead"]) if row else 0,
+                dropped=int(row["dropped"]) if row else 0,
                 oldest_at=row["oldest_at"] if row else None,
                 last_error=link["last_error"] if link else "",
                 cure=link["cure"] if link else "",
@@ -158,6 +162,7 @@ def not_read(results: Path) -> dict[str, int]:
 
 _QUEUED = (
     "SELECT destination, SUM(state = 'waiting') AS waiting, SUM(state = 'sent') AS sent, SUM(state = 'dead') AS dead,"
+    " SUM(state = 'dropped') AS dropped,"
     " MIN(CASE WHEN state = 'waiting' THEN queued_at END) AS oldest_at FROM queue GROUP BY destination"
 )
 

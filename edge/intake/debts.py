@@ -97,7 +97,7 @@ class Books:
         if forward is None:
             return {row["digest"] for row in rows} if self._forwarding else set()
         waiting = _where_in(
-            forward, "SELECT digest FROM queue WHERE state <> 'sent' AND digest IN ({})", rows, "digest"
+            forward, "SELECT digest FROM queue WHERE state IN ('waiting', 'dead') AND digest IN ({})", rows, "digest"
         )
         unsent = {row["digest"] for row in waiting}
         if self._forwarding:

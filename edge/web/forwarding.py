@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Form, Response
 from fastapi.responses import RedirectResponse
 
 from edge.forward import reading
-from edge.forward.reading import Requests, Retry
+from edge.forward.reading import Request, Requests
 from edge.web.labels import Labels, Person
 from edge.web.pages import Pages
 from edge.web.session import Gatekeeper, Signed
@@ -47,7 +47,7 @@ class Forwarding:
         if bool(number) == bool(destination):
             raise PeerError("Name one object or one destination.", cure="Load the page again.")
         self.labels.record(by, "forward.retried", destination or f"object {number}")
-        self.requests.leave(Retry(by.name, [number] if number else [], destination))
+        self.requests.leave(Request(by.name, "retry", [number] if number else [], destination))
 
 
 def forwarding_router(forwarding: Forwarding, keeper: Gatekeeper, pages: Pages) -> APIRouter:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import DigitalXRayImageStorageForPresentation
 
+from edge.forward import peer as peers
 from edge.forward import reading
 from edge.forward.peer import Peer
 from edge.forward.rules import Rule
@@ -324,3 +327,61 @@ def test_what_a_status_means(status: int, tries: int, state: str, busy: bool) ->
     verdict = judge(status, tries)
     assert (verdict.state, verdict.busy) == (state, busy)
     assert bool(verdict.error) == bool(verdict.cure) == (state != "sent")
+
+
+def test_a_peer_that_stops_reading_is_given_up_and_memory_does_not_fill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The association is accepted, then nothing is read any more: 30 MB find no taker."""
+    monkeypatch.setattr(peers, "_STALL_S", 1)
+    stalled = threading.Event()
+
+    def stall(event: evt.Event) -> None:
+        if event.data[0] == 0x04:  # P-DATA-TF: the library's reading thread stands still from here on
+            stalled.wait(60)
+
+    ae = AE(ae_title="ONE")
+    ae.add_supported_context(DigitalXRayImageStorageForPresentation, "1.2.840.10008.1.2.1")
+    port = free_port()
+    server = ae.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_DATA_RECV, stall)])
+    node = ForwardingNode(tmp_path, [ALL], [Peer("one", "ONE", "127.0.0.1", port)])
+    (item,) = radiographs(1)
+    item.NumberOfFrames = 60
+    item.PixelData = bytes(item.Rows * item.Columns * 2 * 60)
+    receive(tmp_path, [item])
+    node.follow()
+    try:
+        began = time.monotonic()
+        assert node.send("one") == 0
+        assert time.monotonic() - began < 30
+    finally:
+        stalled.set()
+        server.shutdown()
+    assert states(node) == {"one": (1, 0, 0)}
+    (one,) = reading.destinations(tmp_path / "forward.sqlite", {"one": ""})
+    assert one.last_error
+
+
+def test_what_a_retired_destination_never_takes_can_be_given_up(tmp_path: Path) -> None:
+    node = ForwardingNode(tmp_path, [ALL], [Peer("one", "ONE", "127.0.0.1", 1)])
+    (first, second) = radiographs(2)
+    receive(tmp_path, [first, second])
+    first.ImageComments = "changed"
+    receive(tmp_path, [first])
+    node.follow()
+    (letter,) = reading.dead_letters(tmp_path / "forward.sqlite")
+    assert node.queue.drop([letter.id, letter.id - 1]) == 1  # what waits is dropped only with its destination
+    assert states(node) == {"one": (2, 0, 0)}
+    assert node.queue.drop([], "one") == 2
+    (one,) = reading.destinations(tmp_path / "forward.sqlite", {})
+    assert (one.configured, one.waiting, one.dropped) == (False, 0, 3)
+    assert node.follow() == 0
+
+
+def test_requests_are_taken_once_and_a_damaged_one_is_left_out(tmp_path: Path) -> None:
+    requests = reading.Requests(tmp_path / "requests", tmp_path / "ear")
+    assert list(requests.take()) == []
+    requests.leave(reading.Request("ann", "retry", [1, 2]))
+    (tmp_path / "requests" / "0.json").write_text("{")
+    assert list(requests.take()) == [reading.Request("ann", "retry", [1, 2])]
+    assert list(requests.take()) == []
