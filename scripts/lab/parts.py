@@ -82,14 +82,16 @@ def start_orthanc(
     aet: str = "PACS",
     peers: Sequence[tuple[str, int]] = (),
     tls: tuple[Path, Path, Path] | None = None,
+    **more: object,
 ) -> Orthanc:
     """Starts Orthanc; `peers` are (AE title, DICOM port) on loopback that it may send to and move to.
 
-    `tls` (certificate, key, CA of the clients) makes its DICOM port speak TLS with client certificates.
+    `tls` (certificate, key, CA of the clients) makes its DICOM port speak TLS with client certificates; `more` are settings
+    by Orthanc's own names.
     """
     folder.mkdir(parents=True, exist_ok=True)
     dicom_port, http_port = free_port(), free_port()
-    config = {
+    config: dict[str, object] = {
         "Name": aet,
         "StorageDirectory": str(folder / "storage"),
         "IndexDirectory": str(folder / "index"),
@@ -103,6 +105,7 @@ def start_orthanc(
         "Plugins": [],
         "OverwriteInstances": False,
         "KeepAliveTimeout": 1,
+        **more,
     }
     if tls:
         config |= {
