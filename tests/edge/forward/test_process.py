@@ -15,7 +15,7 @@ from scripts.lab.child import Child, free_port, listens, wait_until
 from scripts.lab.fleet import BIN, Page, run
 from scripts.lab.parts import Orthanc, start_orthanc
 from tests.simulators.forwarding import radiographs, receive
-from tests.simulators.modality import phantom_study
+from tests.simulators.modality import phantom_study, storescu, write_files
 
 pytestmark = pytest.mark.e2e
 
@@ -108,4 +108,34 @@ def test_an_administrator_retries_a_dead_letter_on_the_page(tmp_path: Path) -> N
             refused = watching._http.post("/forwarding/retry", data={"number": letter["id"]})
             assert refused.status_code == 403
     finally:
+        archive.child.stop()
+
+
+def test_a_whole_node_reads_forwards_and_says_so(tmp_path: Path) -> None:
+    archive = start_orthanc(tmp_path / "o1", aet="ONE")
+    config = configure(
+        tmp_path / "n",
+        {"one": archive},
+        '[[rule]]\nname = "knees"\nbody_part = ["KNEE"]\naction = "keep"\n'
+        '[[rule]]\nmodality = ["DX", "CR"]\naction = "both"\ndestinations = ["one"]\npriority = "high"\n',
+    )
+    config.write_text(config.read_text().replace("port = 0\n", 'port = 0\nallow = [{ae_title = "MODALITY"}]\n'))
+    link = re.search(r"http\S+/welcome/\S+", run("radfleet-edge", "init", config.parent))
+    assert link
+    chest, knee = radiographs(2)
+    knee.BodyPartExamined = "KNEE"
+    node = Child("node", [BIN / "radfleet-edge", "run", "--config", config], log=config.parent / "node.log")
+    try:
+        node.wait_ready("the node", lambda: "READY all" in node.tail(200), seconds=120)
+        assert "READY forward" in node.tail(200)
+        ports = json.loads((config.parent / "state" / "run" / "ports.json").read_text())
+        assert storescu(ports["dicom"], write_files(tmp_path / "f", [chest, knee])).returncode == 0
+        page = Page(link[0].split("/welcome/")[0], link[0], "administrator")
+        wait_until("it was sent", lambda: page.get("/api/forwarding")["destinations"][0]["sent"] == 1)
+        wait_until("it was answered", lambda: len(page.get("/api/worklist")) == 1, seconds=60)
+        assert page.get("/api/worklist")[0]["study"] == chest.StudyInstanceUID
+        wait_until("the knee was kept", lambda: page.get("/api/forwarding")["not_read"] == {"keep": 1})
+        assert [one.tags["SOPInstanceUID"] for one in archive.instances()] == [chest.SOPInstanceUID]
+    finally:
+        node.stop()
         archive.child.stop()
