@@ -1,7 +1,7 @@
 """The edge's composition root: configuration to concrete parts, one function a process, and the supervisor.
 
-`run_learning` alone imports torch (through `models`), in a process of its own; `run_pipeline` alone imports the
-inference runtime.
+Each function imports what its process needs, and no other process carries it: `run_learning` alone imports torch,
+`run_pipeline` alone the inference runtime, and the door stays small.
 """
 
 from __future__ import annotations
@@ -19,12 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from edge.config import EdgeConfig
-from edge.enrolment import read_identity
+from edge.identity import read_identity
 from edge.nudge import Ear, nudge
-from edge.report import degraded_reason, link_state, node_report
-from edge.slots.journal import Journal
-from edge.slots.swap import install_baseline
-from edge.web.labels import FIRST_ADMINISTRATOR, Labels
 from shared.clock import SystemClock
 from shared.errors import ConfigError
 from shared.files import atomic_write, read_limited
@@ -33,8 +29,7 @@ from shared.supervise import Job, Supervisor, announce, fix_ports, python_module
 if TYPE_CHECKING:
     from edge.forward.reading import Requests
     from edge.forward.routes import Routes
-
-if TYPE_CHECKING:
+    from edge.intake.peers import AllowList
     from edge.web.dicomweb.retention import Retention
     from edge.web.door import Destination
     from edge.web.door import Door as DoorView
@@ -54,6 +49,10 @@ def found(config: EdgeConfig) -> str | None:
     Returns:
         The token of the first administrator's one-time link; None when there are people already.
     """
+    from edge.slots.journal import Journal
+    from edge.slots.swap import install_baseline
+    from edge.web.labels import FIRST_ADMINISTRATOR, Labels
+
     state = config.state
     for folder in (state, config.run_folder, state / "models"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -101,7 +100,6 @@ def run_intake(config: EdgeConfig, stop: threading.Event) -> None:
     from edge.intake.debts import Books
     from edge.intake.door import Door
     from edge.intake.handover import Handover
-    from edge.intake.peers import AllowList, Peer, admitted_callers
     from edge.intake.reports import Reports, sender
     from edge.intake.room import Keeper, Retention
     from edge.intake.spool import Spool
@@ -116,7 +114,7 @@ def run_intake(config: EdgeConfig, stop: threading.Event) -> None:
         quarantine_limit_bytes=config.room.quarantine_limit_bytes,
         clock=clock,
     )
-    allow = AllowList([Peer(**peer.model_dump()) for peer in dicom.allow], admitted_callers(state / "labels.sqlite"))
+    allow = allow_list(config)
     chosen = ports(config)
     door = Door(
         spool,
@@ -157,6 +155,14 @@ def run_intake(config: EdgeConfig, stop: threading.Event) -> None:
     spool.close()
 
 
+def allow_list(config: EdgeConfig) -> AllowList:
+    """Returns who may call the door: the configured peers, and callers that were admitted on the page."""
+    from edge.intake.peers import AllowList, Peer, admitted_callers
+
+    peers = [Peer(**peer.model_dump()) for peer in config.dicom.allow]
+    return AllowList(peers, admitted_callers(config.state / "labels.sqlite"))
+
+
 def run_uplink(config: EdgeConfig, stop: threading.Event) -> None:
     """Runs the outbox, the link and the downloader until `stop`, or until the node's identity changed."""
     from edge.uplink_process import EnrolledUplink
@@ -182,6 +188,7 @@ def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
     from edge.results.sender import Pacs, Sender
     from edge.results.series import Rules
     from edge.results.store import Store
+    from edge.slots.journal import Journal
     from edge.slots.swap import Swapper
     from edge.uplink.outbox import drop
 
@@ -300,9 +307,12 @@ def forward_requests(config: EdgeConfig) -> Requests:
 
 def run_web(config: EdgeConfig, stop: threading.Event) -> None:
     """Serves the reading page until `stop`."""
+    from edge.report import degraded_reason, link_state, node_report
+    from edge.slots.journal import Journal
     from edge.web.dicomweb.retention import Retention
     from edge.web.dicomweb.routes import DicomWeb
     from edge.web.forwarding import Forwarding
+    from edge.web.labels import Labels
     from edge.web.site import web_app
     from edge.web.studies import Studies
     from shared.serve import Listener, serve
@@ -394,16 +404,20 @@ def run_process(name: str, config: EdgeConfig, stop: threading.Event) -> None:
     _RUN[name](config, stop)
 
 
+def process_command(name: str, config_path: Path) -> list[str]:
+    """Returns the command that runs one of PROCESSES (edge/process.py)."""
+    return python_module("edge.process", name, str(config_path))
+
+
 def supervise(config_path: Path, config: EdgeConfig, stop: threading.Event, told: Callable[[str], None]) -> None:
     """Keeps all processes alive until `stop`; `told` gets the READY lines."""
     if not (config.state / "site.key").exists():
         raise ConfigError(f"There is no node in {config.state}.", cure="Run `radfleet-edge init FOLDER`.")
     ports(config)
 
-    def command(name: str) -> list[str]:
-        return python_module("edge", "run", "--only", name, "--config", str(config_path))
-
     forward = ("forward",) if config.destination else ()  # rules to forward and to fetch name destinations
-    jobs = [Job(name, command(name)) for name in (*STEADY, *forward)]
-    jobs.append(Job("learning", command("learning"), NICE_LEARNING, lambda: learning_wanted(config.state)))
+    jobs = [Job(name, process_command(name, config_path)) for name in (*STEADY, *forward)]
+    jobs.append(
+        Job("learning", process_command("learning", config_path), NICE_LEARNING, lambda: learning_wanted(config.state))
+    )
     Supervisor(jobs, config.run_folder, announced=told).run(stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -18,7 +19,7 @@ from edge import app as parts
 from edge import cli_dicom
 from edge.config import TEMPLATE, EdgeConfig, load_config
 from edge.enrolment import enrol as enrol_node
-from edge.enrolment import read_identity
+from edge.identity import read_identity
 from edge.imaging.export import export_object, objects_of
 from edge.report import node_report, room_state, withheld_count
 from edge.slots.journal import Journal
@@ -84,14 +85,14 @@ def run(
     """Runs the node until SIGTERM or Ctrl-C; with --only, one of its processes."""
     if only is not None and only not in parts.PROCESSES:
         raise ConfigError(f"There is no process {only}.", cure=f"Choose one of {', '.join(parts.PROCESSES)}.")
+    if only:
+        process = parts.process_command(only, config.resolve())
+        os.execv(process[0], process)  # noqa: S606 this interpreter, words of ours
     stop = stop_on_signals()
     settings = load_config(config)
     node = read_identity(settings.state)
-    configure(only or "edge", **({"site": node.site, "node": node.node} if node else {}))
-    if only:
-        parts.run_process(only, settings, stop)
-    else:
-        parts.supervise(config.resolve(), settings, stop, lambda line: print(line, flush=True))  # noqa: T201
+    configure("edge", **({"site": node.site, "node": node.node} if node else {}))
+    parts.supervise(config.resolve(), settings, stop, lambda line: print(line, flush=True))  # noqa: T201
 
 
 @app.command()

@@ -21,8 +21,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
     pkcs7,
 )
-from msgspec import Struct
 
+from edge.identity import NodeIdentity, read_identity
 from shared.errors import ConfigError, LinkError, PeerError, StateError, TrustError
 from shared.files import atomic_write, read_limited
 from shared.wire.enrolment import (
@@ -39,29 +39,6 @@ from shared.wire.identity import Identity, identity_of
 
 TIMEOUT_S = 30.0
 FILE_LIMIT_BYTES = 1_000_000
-
-
-class NodeIdentity(Struct, frozen=True):
-    """`node.json`: who this node is and where its cloud is; written last, so it exists only when all else does."""
-
-    site: str
-    node: str
-    incarnation: str
-    cloud_url: str
-    nodes_url: str
-    broker_host: str
-    broker_port: int
-
-
-def read_identity(state: Path) -> NodeIdentity | None:
-    """Returns who the node is; None before it was enrolled; StateError when the file is damaged."""
-    path = state / "node.json"
-    if not path.exists():
-        return None
-    try:
-        return msgspec.json.decode(read_limited(path, FILE_LIMIT_BYTES), type=NodeIdentity)
-    except msgspec.MsgspecError as exc:
-        raise StateError(f"{path} is damaged: {exc}.", cure="Enrol the node again.") from exc
 
 
 def enrol(url: str, token_text: str, state: Path) -> NodeIdentity:

@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from edge.config import EdgeConfig
-from edge.enrolment import NodeIdentity, read_identity, renew_if_due
+from edge.enrolment import renew_if_due
+from edge.identity import NodeIdentity, read_identity
 from edge.nudge import Ear, nudge
 from edge.report import node_report
 from edge.slots.fetch import Fetcher
