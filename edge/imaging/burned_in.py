@@ -44,11 +44,12 @@ _BLACKED_TRIES = 3
 
 _MODEL_SHA256 = "090f04abcd9d9a7498bc4ebf677e4cb9bdce1fe4197ddb7e529f1ef44e1ff94f"
 _MODEL_BYTES = 20_000_000  # at most
-_SIDE = 736  # pixels of the shorter side, that the detector likes
+_SIDE = 1024  # pixels of the shorter side: what is smaller grows, for letters of 8 pixels
 _GROW = 2.0  # at most: more of a tiny image is blur
 _LONGEST = 1600
-_THRESHOLD, _SCORE = 0.3, 0.5  # of the detector's map, and of a mark's mean
+_THRESHOLD, _SCORE = 0.2, 0.35  # of the detector's map, and of a mark's mean
 _MARK, _LINE = 0.2, 0.12  # of the shorter side: no mark, and no line of text, is higher
+_STROKES = 8
 _CONTRAST = 40  # grey levels between characters and what is under them
 
 
@@ -218,7 +219,7 @@ def _put_pixels(dataset: FileDataset, pixels: npt.NDArray[Any]) -> None:
 
 
 def _reads(grey: Grey, box: tuple[int, int, int, int]) -> bool:
-    """Whether three or more like-sized characters stand out in the box, bright or dark."""
+    """Whether three like-sized characters stand out in the box, or many strokes in a long one; bright or dark."""
     x, y, w, h = box
     inside = grey[y : y + h, x : x + w]
     if min(inside.shape) < 5:
@@ -233,13 +234,17 @@ def _reads(grey: Grey, box: tuple[int, int, int, int]) -> bool:
         _, _, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
         marked = [(h, w) for _, _, w, h, area in stats[1:].tolist() if _like_character(w, h, area, one.shape[0])]
         middle = float(np.median([h for h, _ in marked])) if marked else 0.0
-        if contrast >= _CONTRAST and sum(0.6 * middle <= h <= 1.5 * middle for h, _ in marked) >= 3:
+        alike = sum(0.6 * middle <= h <= 1.5 * middle for h, _ in marked)
+        # Small letters run into each other: then the strokes count that a row of pixels crosses.
+        crossed = np.count_nonzero(np.diff(mask > 0, axis=1), axis=1) / 2
+        strokes = float(np.percentile(crossed, 75)) if box[2] >= 4 * box[3] else 0.0
+        if contrast >= _CONTRAST and (alike >= 3 or strokes >= _STROKES):
             return True
     return False
 
 
 def _like_character(width: int, height: int, area: int, line: int) -> bool:
-    return height >= 0.3 * line and width <= 1.6 * height + 2 and area >= 0.12 * width * height
+    return height >= 0.2 * line and width <= 1.6 * height + 2 and area >= 0.12 * width * height
 
 
 def _scale(

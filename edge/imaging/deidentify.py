@@ -333,7 +333,7 @@ def _unlisted(element: DataElement) -> Action:
     except KeyError:
         return Action.REMOVE  # of no standard that we know
     vr = element.VR
-    if vr not in known or vr in ("UN", "UR"):
+    if not set(vr.split(" or ")) <= set(known) or vr in ("UN", "UR"):
         return Action.REMOVE
     if vr == "AS":
         return Action.KEEP if all(_AGE.fullmatch(one) for one in _values(element.value)) else Action.EMPTY

@@ -30,6 +30,8 @@ COLOURS = ((255, 255, 255), (255, 255, 0), (150, 150, 150))
 SCREENS = ("US", "SC")
 CLEAN = ("CT", "MR", "CR", "PT")
 COVERED = 0.9  # of a drawn line's own pixels: then it counts as covered
+READABLE = 60  # grey levels between the text and what is under it
+PLACES = 30  # tried
 EVERY = 8  # of a whole series, one image in so many
 
 
@@ -68,17 +70,21 @@ def measure() -> list[Row]:
 
 def recall(pictures_here: list[Picture], height: int, rng: np.random.Generator) -> tuple[int, int, int]:
     """Returns how many drawn lines were covered by marks, how many by a mark sure to be text, and of how many."""
-    covered = sure = 0
+    covered = sure = of = 0
     for picture in pictures_here:
-        written, ink = draw(picture, height, rng)
+        drawn = draw(picture, height, rng)
+        if drawn is None:
+            continue
+        written, ink = drawn
+        of += 1
         found = marks(written)
         covered += share(ink, [(m.left, m.top, m.width, m.height) for m in found]) >= COVERED
         sure += any(mark.text and overlaps(ink, mark.left, mark.top, mark.width, mark.height) for mark in found)
-    return covered, sure, len(pictures_here)
+    return covered, sure, of
 
 
-def draw(picture: Picture, height: int, rng: np.random.Generator) -> tuple[Picture, npt.NDArray[np.bool_]]:
-    """Returns the picture with one line of text somewhere, and where its pixels (H, W) are."""
+def draw(picture: Picture, height: int, rng: np.random.Generator) -> tuple[Picture, npt.NDArray[np.bool_]] | None:
+    """Returns the picture with a line of text where it can be read, and its pixels (H, W); None if nowhere."""
     text, colour = LINES[rng.integers(len(LINES))], COLOURS[rng.integers(len(COLOURS))]
     if rng.integers(2):  # a scanner's stroked letters
         scale = height / 29
@@ -92,14 +98,18 @@ def draw(picture: Picture, height: int, rng: np.random.Generator) -> tuple[Pictu
         ImageDraw.Draw(image).text((-left, -top), text, fill=255, font=font)
         ink = np.asarray(image)
     ink = ink[:, : picture.shape[1] - 8]
-    x = int(rng.integers(4, picture.shape[1] - ink.shape[1] - 3))
-    y = int(rng.integers(4, picture.shape[0] - ink.shape[0] - 3))
-    alpha = np.zeros(picture.shape[:2], np.float32)
-    alpha[y : y + ink.shape[0], x : x + ink.shape[1]] = ink / 255
-    under = picture[alpha > 0].mean() if (alpha > 0).any() else 0.0
-    shown = np.array(colour if abs(np.mean(colour) - under) > 70 else (0, 0, 0), np.float32)  # one that people can read
-    written = picture * (1 - alpha[..., None]) + shown * alpha[..., None]
-    return written.astype(np.uint8), alpha > 0.3
+    luminance = picture.mean(axis=2)
+    for _ in range(PLACES):
+        x = int(rng.integers(4, picture.shape[1] - ink.shape[1] - 3))
+        y = int(rng.integers(4, picture.shape[0] - ink.shape[0] - 3))
+        under = luminance[y : y + ink.shape[0], x : x + ink.shape[1]][ink > 76]
+        for shown in (colour, (0, 0, 0)):
+            if np.mean(np.abs(under - np.mean(shown)) >= READABLE) >= COVERED:
+                alpha = np.zeros(picture.shape[:2], np.float32)
+                alpha[y : y + ink.shape[0], x : x + ink.shape[1]] = ink / 255
+                written = picture * (1 - alpha[..., None]) + np.array(shown, np.float32) * alpha[..., None]
+                return written.astype(np.uint8), alpha > 0.3
+    return None
 
 
 def fits(picture: Picture, height: int) -> bool:
