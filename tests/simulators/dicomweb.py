@@ -41,7 +41,7 @@ class DicomWebNode:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.clock = HandClock()
-        self.spool: Spool = make_spool(folder)
+        self.spool: Spool = make_spool(folder, self.clock)
         self.labels = Labels(folder / "labels.sqlite", self.clock)
         self.nudges = 0
         self.retention = Retention(folder / "intake.sqlite", folder / "spool")
@@ -50,7 +50,7 @@ class DicomWebNode:
             Headers(self.retention),
             ae_title="RADFLEET",
             host="127.0.0.1",
-            port=11112,
+            port=free_port(),
             tls_port=0,
             allowed=[],
             destinations=[],
