@@ -23,7 +23,7 @@ from edge.imaging.burned_in import Mark, burned_in, marks, pictures
 from edge.imaging.deidentify import deidentify, encode
 from edge.imaging.read import open_object
 from models.data import data_folder
-from scripts.lab.bench_burned_in import COVERED, draw, overlaps, phantoms, real_pictures, recall, share
+from scripts.lab.bench_burned_in import draw, overlaps, phantoms, real_pictures, recall, share
 from shared.errors import PeerError
 from tests.edge.test_deidentify import KEY, ct
 from tests.simulators.modality import phantom_study
