@@ -1,10 +1,11 @@
-"""`radfleet-edge`: set up, enrol, run, look, check, export."""
+"""`radfleet-edge`: set up, enrol, run, look, check, export, release."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import socket
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from edge.config import TEMPLATE, EdgeConfig, load_config
 from edge.enrolment import enrol as enrol_node
 from edge.identity import read_identity
 from edge.imaging.export import export_object, objects_of
+from edge.intake.release import ask, stuck
 from edge.report import node_report, room_state, withheld_count
 from edge.slots.journal import Journal
 from edge.web.labels import Labels
@@ -156,6 +158,20 @@ def export(
     out.print(f"{len(results) - refused} written, {refused} refused. Research use only, not for diagnosis.")
     if refused:
         raise typer.Exit(PeerError.exit_code)
+
+
+@app.command()
+def release(
+    digests: Annotated[list[str] | None, typer.Argument(help="Beginnings of digests; without any, lists them.")] = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+) -> None:
+    """Lets go of objects that cannot be read or are in identity conflict; nothing else lets them go."""
+    state = load_config(config).state
+    for one in ask(state, digests) if digests else stuck(state):
+        since = f"{datetime.fromtimestamp(one.stored_at, UTC):%Y-%m-%d}"
+        out.print(f"{one.digest[:12]}  {since}  {one.length} bytes  {one.modality} from {one.calling_ae}: {one.why}")
+    if digests:
+        out.print("The intake process lets them go; what was committed stays until its retention is over.")
 
 
 @app.command()

@@ -54,7 +54,7 @@ class Books:
     """
 
     def __init__(self, state: Path, *, pacs: bool, forwarding: bool) -> None:
-        self._state = state
+        self.state = state
         self._pacs = pacs
         self._forwarding = forwarding
 
@@ -73,7 +73,7 @@ class Books:
 
     def _open(self, stack: ExitStack) -> Owed:
         def book(name: str) -> sqlite3.Connection | None:
-            found = open_foreign(self._state / name)
+            found = open_foreign(self.state / name)
             return stack.enter_context(closing(found)) if found else None
 
         results, labels, intake = book("results.sqlite"), book("labels.sqlite"), book("intake.sqlite")

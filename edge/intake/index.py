@@ -150,15 +150,15 @@ class Index:
             return added
 
     def evict(self, digests: Sequence[str], promised_before: float) -> list[str]:
-        """Marks kept objects whose files are about to go, and returns their files; durable, so that no lost file is
-        ever missed. What was promised at or after `promised_before` stays."""
+        """Marks objects whose files are about to go, and returns their files; durable, so that no lost file is ever
+        missed. What was promised at or after `promised_before` stays."""
         files = []
         with self.durable() as db:
             for one in digests:
                 row = db.execute(
-                    "UPDATE objects SET state = ? WHERE digest = ? AND state = ?"
+                    "UPDATE objects SET state = ? WHERE digest = ? AND state <> ?"
                     " AND (committed_at IS NULL OR committed_at < ?) RETURNING file",
-                    (EVICTED, one, KEPT, promised_before),
+                    (EVICTED, one, EVICTED, promised_before),
                 ).fetchone()
                 if row is not None:
                     files.append(row["file"])

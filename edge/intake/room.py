@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from edge.intake import index as states
 from edge.intake.debts import Books
+from edge.intake.release import asked, stuck
 from edge.intake.services import FULL
 from edge.intake.spool import Spool
 from shared.clock import Clock
@@ -128,7 +129,7 @@ class Keeper:
         held: dict[str, int] = {}
         objects = self._candidates(now, early=used >= limits.high, held=held)
         leaving = plan(objects, now=now, used=used, limits=limits, retention=self._retention)
-        gone = 0
+        gone = self._release(now)
         while batch := [one.digest for one in islice(leaving, _BATCH)]:
             gone += self._spool.evict(batch, promised_before=now - self._retention.full_s)
         if gone:
@@ -142,6 +143,21 @@ class Keeper:
         if self._clock.monotonic() >= self._tidy_at:
             self._tidy_at = self._clock.monotonic() + TIDY_EVERY_S
             self._spool.index.tidy(associations_before=now - self._retention.full_s, evicted_before=now - _ROWS_KEPT_S)
+        return gone
+
+    def _release(self, now: float) -> int:
+        """Lets go of what a person asked for; only of what waits for a person, and not before a commitment is over."""
+        gone = 0
+        requests = asked(self._books.state)
+        waiting = {one.digest for one in stuck(self._books.state)} if requests else set()
+        for request in requests:
+            if request.name in waiting:
+                released = self._spool.evict([request.name], promised_before=now - self._retention.full_s)
+                if not released:
+                    continue  # committed: asked again until then
+                get_logger().warning("intake.released", digest=request.name[:12])
+                gone += released
+            request.unlink(missing_ok=True)
         return gone
 
     def _candidates(self, now: float, *, early: bool, held: dict[str, int]) -> Iterator[Candidate]:

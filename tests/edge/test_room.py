@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 from edge.intake import debts
 from edge.intake.debts import Books, Open, Worked
 from edge.intake.index import EVICTED
+from edge.intake.release import ask, stuck
 from edge.intake.room import HIGH, IDENTITY, LOW, Candidate, Keeper, Limits, Retention, level, plan
 from edge.intake.spool import Arriving, Spool
 from edge.intake.status import Outcome
 from edge.pipeline import Pipeline
+from shared.errors import PeerError
 from tests.simulators.modality import encoded, phantom_study, storescu, write_files
 from tests.simulators.node import make_door, make_pipeline, make_spool, run_until_idle
 from tests.simulators.reading import ReadingNode
@@ -292,6 +294,37 @@ def test_no_books_no_eviction(tmp_path: Path) -> None:
     item = xray()
     spool.store(Arriving(str(item.SOPClassUID), str(item.SOPInstanceUID), "1.2.840.10008.1.2.1"), [encoded(item)])
     assert keeper.step() == 0
+
+
+def test_a_person_lets_go_of_what_nothing_else_does(tmp_path: Path) -> None:
+    node = Node(tmp_path / "state")
+    (tmp_path / "edge.toml").write_text("")
+    broken, one, other = xray(1), xray(2), xray(2)
+    broken.PixelData = broken.PixelData[:1000]
+    other.PatientID = "SOMEBODY ELSE"
+    node.put(broken, one, other)
+    node.answer()
+
+    listed = stuck(node.state)
+    assert [one.why.partition(":")[0] for one in listed] == ["cannot be read", "identity conflict"]
+    question = "SELECT digest FROM objects WHERE sop_instance = ? AND state = 'kept'"
+    (kept,) = node.spool.index.rows(question, str(one.SOPInstanceUID))
+    for name in ("", "ab", "0" * 64, kept["digest"], "../../labels.sqlite"):
+        with pytest.raises(PeerError):
+            ask(node.state, [listed[0].digest, name])
+    assert node.later(0) == 0
+    node.spool.index.promise([str(other.SOPInstanceUID)], node.clock.seconds)
+    command = [sys.executable, "-m", "edge", "release", *(one.digest[:12] for one in listed)]
+    told = subprocess.run(
+        [*command, "--config", str(tmp_path / "edge.toml")], capture_output=True, text=True, check=True
+    )
+    assert "identity conflict" in told.stdout
+    assert node.later(0) == 1
+    assert node.files() == 2  # the other one was committed
+    assert node.later(13 * DAY) == 0
+    assert node.later(2 * DAY) == 2  # and the one that was answered
+    assert stuck(node.state) == []
+    assert list((node.state / "release").iterdir()) == []
 
 
 # -- death, and the door --------------------------------------------------------------------------------------------
