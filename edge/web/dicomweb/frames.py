@@ -20,7 +20,7 @@ from pydicom.tag import BaseTag
 from pydicom.uid import UID
 
 from edge.web.dicomweb.elements import PIXELS, Header
-from edge.web.dicomweb.media import COMPRESSED
+from edge.web.dicomweb.media import COMPRESSED, NATIVE
 from shared.errors import PeerError
 from shared.package.input_spec import MAX_SIDE
 
@@ -68,7 +68,7 @@ class Pixels:
         """
         self.header = header
         self.transfer_syntax = transfer_syntax
-        self.compressed = UID(transfer_syntax).is_compressed and transfer_syntax != "1.2.840.10008.1.2.1.99"
+        self.compressed = transfer_syntax not in NATIVE
         self.tag, vr, self.value_at, self.length = _pixel_element(header)
         self.words = not header.little and vr == b"OW"  # bytes change places, also those of eight bits
         dataset = header.take(_DESCRIPTION)

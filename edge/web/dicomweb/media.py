@@ -14,6 +14,8 @@ EXPLICIT = "1.2.840.10008.1.2.1"
 DICOM = "application/dicom"
 JSON = "application/dicom+json"
 OCTETS = "application/octet-stream"
+# Transfer syntaxes whose pixels are not compressed, a deflated data set's included.
+NATIVE = frozenset({EXPLICIT, "1.2.840.10008.1.2", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"})
 BOUNDARY = "radfleet-part"  # parts are DICOM or images: the line `--radfleet-part` at a line's start is in none
 PIECE_BYTES = 128 * 1024
 

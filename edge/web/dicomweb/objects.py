@@ -23,6 +23,7 @@ from edge.web.dicomweb.frames import NoFrameError, Pixels
 from edge.web.dicomweb.media import (
     DICOM,
     EXPLICIT,
+    NATIVE,
     OCTETS,
     PIECE_BYTES,
     Accepted,
@@ -220,13 +221,12 @@ def _value_at(header: Header, path: str) -> bytes:
 def _convertible(kept: Kept) -> bool:
     if kept.transfer_syntax == EXPLICIT:
         return True
-    syntax = UID(kept.transfer_syntax)
     if kept.length > TRANSCODED_BYTES:
         return False
-    if not syntax.is_compressed or kept.transfer_syntax == DEFLATED:
+    if kept.transfer_syntax in NATIVE:
         return True
     try:
-        return bool(get_decoder(syntax).is_available)
+        return bool(get_decoder(UID(kept.transfer_syntax)).is_available)
     except NotImplementedError:
         return False
 
@@ -247,7 +247,7 @@ def _explicit(path: Path, kept: Kept) -> bytes:
     data = read_limited(path, TRANSCODED_BYTES)
     try:
         dataset = pydicom.dcmread(BytesIO(data))
-        if UID(kept.transfer_syntax).is_compressed and kept.transfer_syntax != DEFLATED:
+        if kept.transfer_syntax not in NATIVE:
             dataset.decompress(generate_instance_uid=False)
         elif kept.transfer_syntax == BIG_ENDIAN:
             _swap(dataset)

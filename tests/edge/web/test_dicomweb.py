@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import time
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -20,11 +22,14 @@ from pydicom.uid import ExplicitVRBigEndian, RLELossless
 
 from edge.intake.spool import Arriving
 from edge.web.dicomweb.elements import Header, encode_json, to_json
+from edge.web.dicomweb.query import parse
+from edge.web.dicomweb.retention import Uids
+from edge.web.dicomweb.search import Headers, search
 from edge.web.labels import MAY
 from shared.errors import PeerError
 from shared.signin import ROLES
 from tests.simulators.dicomweb import DicomWebNode
-from tests.simulators.modality import encoded, phantom_study, split_file
+from tests.simulators.modality import EXPLICIT, encoded, phantom_study, split_file
 from tests.simulators.real_data import DATA, needs_data
 
 SLICES = 12
@@ -32,7 +37,7 @@ CHEST = phantom_study("chest-xray", 0, seed=1, patient="P1")[0]
 BRAIN = phantom_study("brain-mri", 0, seed=2, patient="P2", slices=SLICES)
 for _slice in BRAIN:
     _slice.StudyDescription = "Head"
-ANY = 'multipart/related; type="application/octet-stream"; transfer-syntax=*'
+ANY = 'multipart/related; type="application/octet-stream"; transfer-syntax="*"'  # OHIF quotes the star
 
 
 def multiframe() -> FileDataset:
@@ -192,6 +197,33 @@ class TestSearch:
     def test_attack_wildcards_cost_no_time(self, client: httpx.Client) -> None:
         answer = client.get("/studies", params={"PatientName": "*a" * 90 + "?b"}, timeout=5)
         assert answer.status_code == 204
+
+
+def test_a_study_of_a_thousand_instances_lists_in_seconds(tmp_path: Path) -> None:
+    """The second time from memory; the bounds are wide, a machine may be busy."""
+    node = DicomWebNode(tmp_path)
+    item = phantom_study("chest-xray", 0, seed=1)[0]
+    item.PixelData, item.Rows, item.Columns = bytes(2), 1, 1
+    own = item.SOPInstanceUID.encode()
+    start = encoded(item)
+    length = len(own) + len(own) % 2
+    for number in range(1000):
+        uid = f"2.25.{10 ** (len(own) - 6) + number}".encode().ljust(length, b"\0")
+        arriving = Arriving(str(item.SOPClassUID), uid.decode().rstrip("\0"), EXPLICIT)
+        node.spool.store(arriving, [start.replace(own.ljust(length, b"\0"), uid)])
+    headers = Headers(node.retention)
+    query = parse("instances", [("limit", "5000")])
+    times = []
+    for _ in range(2):
+        began = time.monotonic()
+        assert len(search(node.retention, headers, query, Uids((item.StudyInstanceUID,)), "").results) == 1000
+        times.append(time.monotonic() - began)
+    assert times[0] < 6
+    assert times[1] < 0.5
+    (study,) = search(node.retention, headers, parse("studies", []), Uids(), "").results
+    assert study["00201208"]["Value"] == [1000]
+    node.labels.close()
+    node.spool.close()
 
 
 class TestRetrieve:
@@ -401,3 +433,28 @@ def _look_at(client: httpx.Client, found: dict[str, Any], sources: dict[str, Pat
             expected = expected.astype(expected.dtype.newbyteorder("<"))
             assert frame.content.rstrip(b"\0") == expected.tobytes().rstrip(b"\0"), path
             counts["frames"] += 1
+
+
+@needs_data
+@pytest.mark.filterwarnings("ignore")
+def test_attack_hostile_objects_get_an_answer_and_harm_nobody(tmp_path: Path) -> None:
+    """Whatever of the hostile folder the spool keeps: every request ends, with a status that blames no server."""
+    node = DicomWebNode(tmp_path).start()
+    asked = 0
+    try:
+        token = node.token("ada", "radiologist")
+        for path in sorted((DATA / "dicom_hostile").rglob("*")):
+            if path.is_file() and path.suffix not in {".md", ".csv"}:
+                with contextlib.suppress(Exception):  # not a file that could be sent, or refused by the spool
+                    node.store_files([path])
+        with node.client(token) as client:
+            assert client.get("/series?includefield=all").status_code == 200
+            for kept in node.retention.instances(Uids()):
+                base = f"/studies/{kept.study}/series/{kept.series}/instances/{kept.sop_instance}"
+                for path in ("", "/metadata", "/frames/1", "/rendered", "/bulkdata/7FE00010"):
+                    answer = client.get(base + path, timeout=30)
+                    assert answer.status_code in {200, 400, 404, 406}, (base, path)
+                    asked += 1
+    finally:
+        node.stop()
+    assert asked > 500

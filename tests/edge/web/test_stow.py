@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import resource
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ import pydicom
 import pytest
 from pydicom.dataset import FileDataset
 
-from edge.intake.handover import CLASS_UNKNOWN, SYNTAX_UNKNOWN
+from edge.intake.handover import CLASS_UNKNOWN, SYNTAX_UNKNOWN, Answer
 from edge.intake.spool import Arriving
 from edge.intake.status import STATUS, Outcome
 from edge.web.dicomweb import stow
+from edge.web.dicomweb.incoming import Incoming
 from tests.simulators.dicomweb import DicomWebNode
 from tests.simulators.modality import EXPLICIT, encoded, phantom_study
 
@@ -174,6 +176,46 @@ def test_the_audit_names_who_stored(node: DicomWebNode, client: httpx.Client) ->
     post(client, body(as_file(item(1)), b"nonsense"))
     rows = node.labels._all("SELECT actor, action, subject FROM audit WHERE action = 'study.stored'")
     assert rows == [{"actor": "ada", "action": "study.stored", "subject": "1 stored, 1 refused"}]
+
+
+@pytest.mark.parametrize("study", [False, True])
+def test_wherever_the_network_cuts_the_same_bytes_arrive(study: bool) -> None:
+    """Every place in preamble, meta group and the data set's first elements, once."""
+    one = item(1, PixelData=bytes(64), Rows=4, Columns=8)
+    whole, data = body(as_file(one)), encoded(one)
+
+    async def received(cut: int) -> tuple[list[Arriving], bytes]:
+        sink = Kept()
+        request = stow.Stow(sink, Arriving, one.StudyInstanceUID if study else "")
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield whole[:cut]
+            yield whole[cut:]
+
+        await request.take(chunks(), Incoming(BOUNDARY))
+        return sink.begun, bytes(sink.data)
+
+    for cut in range(1, len(whole)):
+        begun, got = asyncio.run(received(cut))
+        assert begun == [Arriving(str(one.SOPClassUID), str(one.SOPInstanceUID), EXPLICIT)], cut
+        assert got == data, cut
+
+
+class Kept:
+    """Keeps what would go to the intake process."""
+
+    def __init__(self) -> None:
+        self.begun: list[Arriving] = []
+        self.data = bytearray()
+
+    async def begin(self, arriving: Arriving) -> None:
+        self.begun.append(arriving)
+
+    async def write(self, data: bytes) -> None:
+        self.data += data
+
+    async def finish(self) -> Answer:
+        return Answer(0, "stored")
 
 
 class TestHostile:
