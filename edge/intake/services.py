@@ -31,8 +31,8 @@ TOO_MANY = (2, 3, 2)  # transient: local limit exceeded
 CONGESTED = (2, 3, 1)  # transient: temporary congestion
 
 # PS3.4 B.3.1: storage level 2 (everything is kept), signatures level 3 (bit preserving), nothing is coerced
-_EXTENDED_ANSWER = bytes((2, 0, 3, 0, 0, 0))
-_UNRECOGNIZED_OPERATION = 0x0211  # PS3.7 annex C.5.22
+EXTENDED_ANSWER = bytes((2, 0, 3, 0, 0, 0))
+UNRECOGNIZED_OPERATION = 0x0211  # PS3.7 annex C.5.22
 _SLOW_BYTES_PER_S = 100_000
 _SLOW_AFTER_S = 20.0
 _NAGLE_AFTER = 8  # messages
@@ -138,7 +138,7 @@ class Visitor:
         return Negotiated(
             contexts=accepted,
             roles=tuple((uid, scu, False) for uid, scu, _ in request.roles if uid in taken),
-            extended={uid: _EXTENDED_ANSWER for uid in request.extended if uid in taken and uid in room.storage},
+            extended={uid: EXTENDED_ANSWER for uid in request.extended if uid in taken and uid in room.storage},
             class_uid=IMPLEMENTATION_UID,
             version=IMPLEMENTATION_NAME,
         )
@@ -161,7 +161,7 @@ class Visitor:
         if field & pdu.RESPONSE or field == pdu.C_CANCEL_RQ:
             return Plain([])
         self._room.count("unrecognized")
-        return Plain([_response(command, _UNRECOGNIZED_OPERATION)])
+        return Plain([_response(command, UNRECOGNIZED_OPERATION)])
 
     def left(self, how: str, waits: Waits) -> None:
         """The association is over: its slot is free, what it did is on record."""

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from msgspec import Struct
+from msgspec import Struct, structs
 from pydicom.filereader import read_file_meta_info
 
 from edge.intake import index as states
@@ -310,7 +310,8 @@ class Spool:
             raise StateError("The arriving object was given up.")
         if not valid_uid(part.arriving.sop_instance):
             raise RefusedError(Outcome.BAD_UID, "The command's SOP Instance UID is not a UID.")
-        if self._holds(part.digest):
+        held = self._held(part.digest)
+        if held is not None and _same_object(held, part.arriving):
             self.count(Outcome.DUPLICATE)
             return Outcome.DUPLICATE
         part.file.flush()
@@ -363,7 +364,7 @@ class Spool:
             for ticket in renamed.values():
                 ticket.error = exc
         for ticket, first in twins:
-            ticket.outcome, ticket.error = Outcome.DUPLICATE if first.outcome else None, first.error
+            _share(first, ticket)
 
     def _place(self, ticket: _Ticket) -> bool:
         """Gives the object its name in the folder; False when the ticket is done instead."""
@@ -371,8 +372,9 @@ class Spool:
         target = self.folder / f"{part.digest}.dcm"
         try:
             self.ask_quota(part.length)  # again: others may have filled the quota while this one arrived
-            if self._holds(part.digest):
-                ticket.outcome = Outcome.DUPLICATE
+            held = self._held(part.digest)
+            if held is not None:
+                ticket.outcome = _twin(held, part.arriving)
                 return False
             if not target.exists():  # it does where the index failed the last time
                 self._used_bytes += part.offset + part.length
@@ -463,9 +465,10 @@ class Spool:
         except (OSError, StateError) as exc:
             get_logger().error("intake.quarantine_failed", error=type(exc).__name__)
 
-    def _holds(self, digest: str) -> bool:
+    def _held(self, digest: str) -> sqlite3.Row | None:
         row = self.index.known(digest)
-        return row is not None and row["state"] != states.EVICTED and (self.folder / row["file"]).exists()
+        there = row is not None and row["state"] != states.EVICTED and (self.folder / row["file"]).exists()
+        return row if there else None
 
     def _adopt(self, path: Path) -> bool:
         try:
@@ -486,6 +489,27 @@ class Spool:
         stat = path.stat()
         row = self._row(path.name, offset, stat.st_size - offset, arriving, head, stat.st_mtime)
         return self.index.add([row])[0]
+
+
+def _same_object(held: Mapping[str, Any] | sqlite3.Row, arriving: Arriving) -> bool:
+    return (held["sop_class"], held["sop_instance"]) == (arriving.sop_class, arriving.sop_instance)
+
+
+def _twin(held: Mapping[str, Any] | sqlite3.Row, arriving: Arriving) -> Outcome:
+    """The same bytes under one name are one object; under another name (the data set has none) a contradiction."""
+    if not _same_object(held, arriving):
+        raise RefusedError(Outcome.MISMATCH, "The same data set, without identifiers, is held under others.")
+    return Outcome.DUPLICATE
+
+
+def _share(first: _Ticket, ticket: _Ticket) -> None:
+    """Gives a ticket with the same bytes as the first one the first one's fate."""
+    ticket.error = first.error
+    if first.outcome is not None:
+        try:
+            ticket.outcome = _twin(structs.asdict(first.part.arriving), ticket.part.arriving)
+        except RefusedError as exc:
+            ticket.error = exc
 
 
 def _outcome(row: dict[str, Any]) -> Outcome:

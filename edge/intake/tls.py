@@ -13,16 +13,16 @@ from shared.log import get_logger
 Profile = Literal["bcp195", "non-downgrading"]
 
 # RFC 9325 section 4.2; TLS 1.3's own suites are always on. The server's order wins.
-_RECOMMENDED = ":".join(
-    (
-        "ECDHE-ECDSA-AES256-GCM-SHA384",
-        "ECDHE-RSA-AES256-GCM-SHA384",
-        "ECDHE-ECDSA-AES128-GCM-SHA256",
-        "ECDHE-RSA-AES128-GCM-SHA256",
-    )
+_RECOMMENDED = (
+    "ECDHE-ECDSA-AES256-GCM-SHA384",
+    "ECDHE-RSA-AES256-GCM-SHA384",
+    "ECDHE-ECDSA-AES128-GCM-SHA256",
+    "ECDHE-RSA-AES128-GCM-SHA256",
 )
 # What B.12 still lets older equipment negotiate: finite-field ephemeral keys of at least 2048 bits.
-_TOLERATED = ":DHE-RSA-AES256-GCM-SHA384:DHE-RSA-AES128-GCM-SHA256"
+_TOLERATED = ("DHE-RSA-AES256-GCM-SHA384", "DHE-RSA-AES128-GCM-SHA256")
+_GROUP = Path(__file__).with_name("ffdhe3072.txt")  # RFC 7919
+SUITES: dict[Profile, tuple[str, ...]] = {"bcp195": _RECOMMENDED + _TOLERATED, "non-downgrading": _RECOMMENDED}
 
 
 class Tls:
@@ -62,7 +62,8 @@ class Tls:
         certificate, key, ca = self._files
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.set_ciphers(_RECOMMENDED if self._profile == "non-downgrading" else _RECOMMENDED + _TOLERATED)
+        context.set_ciphers(":".join(SUITES[self._profile]))
+        context.load_dh_params(str(_GROUP))
         context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE | ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
         context.load_cert_chain(certificate, key)
         context.verify_mode = ssl.CERT_REQUIRED

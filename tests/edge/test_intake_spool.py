@@ -264,3 +264,20 @@ def test_other_bytes_under_the_same_uid_at_once_are_flagged(tmp_path: Path) -> N
     assert Outcome.IDENTITY_CONFLICT in outcomes
     assert len(files(spool)) == 3
     assert [row["conflict"] for row in rows(tmp_path)] == [1, 1, 1]
+
+
+def test_attack_the_same_bytes_under_another_name_are_no_duplicate(tmp_path: Path) -> None:
+    spool = make_spool(tmp_path)
+    spool.store(arriving(), [DATA])
+    for change in ({"sop_instance": "1.2.3.4"}, {"sop_class": "1.2.840.10008.5.1.4.1.1.2"}):
+        values = {"sop_class": str(ITEM.SOPClassUID), "sop_instance": str(ITEM.SOPInstanceUID), **change}
+        with pytest.raises(RefusedError) as refused:
+            spool.store(Arriving(**values, transfer_syntax=EXPLICIT), [DATA])
+        assert refused.value.outcome is Outcome.MISMATCH
+    nameless = phantom_study("chest-xray", 0, seed=1)[0]
+    del nameless.SOPInstanceUID
+    assert spool.store(arriving("1.2.3.5"), [encoded(nameless)]) is Outcome.STORED
+    assert spool.store(arriving("1.2.3.5"), [encoded(nameless)]) is Outcome.DUPLICATE
+    with pytest.raises(RefusedError, match="under others"):
+        spool.store(arriving("1.2.3.6"), [encoded(nameless)])
+    assert len(files(spool)) == 2
