@@ -25,7 +25,8 @@ from edge.forward.peer import Peer, Tls, association
 from edge.forward.peer import echo as echo_to
 from edge.forward.schedule import judge
 from edge.forward.store import MAX_KINDS, NotTakenError, contexts_for, send_file
-from edge.forward.whatif import WhatIf, what_if
+from edge.forward.whatif import DoorRules, WhatIf, what_if
+from edge.intake.syntaxes import storage_classes, transfer_syntaxes
 from edge.slots.journal import Journal
 from shared.clock import SystemClock
 from shared.errors import ConfigError, LinkError, PeerError
@@ -186,14 +187,15 @@ def whatif(
     files: list[Path],
     aet: Annotated[str, typer.Option(help="AE title of who would send them.")] = "MODALITY",
     aec: Annotated[str, typer.Option(help="Our AE title that is called; as configured when not said.")] = "",
+    address: Annotated[str, typer.Option(help="The address they would come from.")] = "127.0.0.1",
     config: ConfigOption = DEFAULT_CONFIG,
 ) -> None:
     """Says what would happen to files that are sent to this node, and why; nothing is stored."""
     settings = load_config(config)
-    routes, heads = parts.routes(settings), _heads(settings)
+    routes, heads, where, door = parts.routes(settings), _heads(settings), parts.destinations(settings), _door(settings)
     called = aec or settings.dicom.ae_title
     for path in files:
-        told = what_if(path, routes, heads, parts.destinations(settings), calling_ae=aet, called_ae=called)
+        told = what_if(path, routes, heads, where, door, calling_ae=aet, address=address, called_ae=called)
         out.print(_whatif_table(told))
     out.print("Research use only, not for diagnosis.")
 
@@ -358,6 +360,16 @@ def _heads(settings: EdgeConfig) -> list[Head]:
     return verify_package(settings.state / "models" / committed[0], committed[0], names=[]).heads
 
 
+def _door(settings: EdgeConfig) -> DoorRules:
+    dicom, allow = settings.dicom, parts.allow_list(settings)
+    return DoorRules(
+        lambda title, address: allow.find(title, address) is not None,
+        dicom.ae_title,
+        storage_classes(dicom.private_classes),
+        transfer_syntaxes(),
+    )
+
+
 def _shipped_heads() -> list[Head]:
     data = read_limited(parts.shipped_package() / MANIFEST_NAME, MANIFEST_LIMIT_BYTES)
     return decode_manifest(data).heads
@@ -365,6 +377,7 @@ def _shipped_heads() -> list[Head]:
 
 def _whatif_table(told: WhatIf) -> Table:
     table = Table(show_header=False, title=told.file, title_justify="left")
+    table.add_row("caller", told.caller)
     table.add_row("door", told.door)
     if told.action:
         for line in told.passed:

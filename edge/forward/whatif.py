@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct
 from pydicom.dataset import FileMetaDataset
 from pydicom.filereader import read_file_meta_info
+from pydicom.uid import UID
 
 from edge.forward.routes import Routes
 from edge.forward.rules import SENT, Facts, failing
@@ -19,10 +20,20 @@ from shared.errors import PeerError
 from shared.package.manifest import Head
 
 
+class DoorRules(Struct, frozen=True):
+    """What the door goes by: `allowed` tells whether a calling AE title may come from an address."""
+
+    allowed: Callable[[str, str], bool]
+    ours: str
+    classes: Collection[str]
+    syntaxes: Collection[str]
+
+
 class WhatIf(Struct, frozen=True):
     """The answers, each as it is shown."""
 
     file: str
+    caller: str
     door: str
     rule: str = ""
     passed: tuple[str, ...] = ()  # rules before it, each with the condition that does not hold
@@ -44,8 +55,10 @@ def what_if(
     routes: Routes,
     heads: Sequence[Head],
     where: Mapping[str, str],
+    rules: DoorRules,
     *,
     calling_ae: str,
+    address: str,
     called_ae: str,
 ) -> WhatIf:
     """Returns what would happen to a Part 10 file.
@@ -55,24 +68,27 @@ def what_if(
         routes: the configured rules.
         heads: of the model that serves.
         where: destinations by name, as text.
-        calling_ae, called_ae: who would send it, and to which of our AE titles.
+        rules: what the door goes by.
+        calling_ae, address, called_ae: who would send it, from where, and to which of our AE titles.
 
     Raises:
         StateError: the file cannot be read from the disk.
     """
-    door, meta = _door(path)
+    caller = _caller(rules, calling_ae, address, called_ae)
+    door, meta = _door(path, rules)
     if meta is None:
-        return WhatIf(str(path), door)
+        return WhatIf(str(path), caller, door)
     try:
         dataset = open_object(path)
     except PeerError as exc:
-        return WhatIf(str(path), door, head=f"cannot be read: {exc.message}")
+        return WhatIf(str(path), caller, door, head=f"cannot be read: {exc.message}")
     study = str(dataset.get("StudyInstanceUID", ""))
     facts = routes.facts(dataset, _Told(calling_ae, called_ae, str(meta.MediaStorageSOPClassUID), study))
     decision = routes.decide(facts)
     passed = () if facts.ours or facts.prior else _passed(routes, facts)
     return WhatIf(
         file=str(path),
+        caller=caller,
         door=door,
         rule=decision.why,
         passed=passed,
@@ -83,7 +99,15 @@ def what_if(
     )
 
 
-def _door(path: Path) -> tuple[str, FileMetaDataset | None]:
+def _caller(rules: DoorRules, calling_ae: str, address: str, called_ae: str) -> str:
+    if called_ae != rules.ours:
+        return f"rejected: this node is {rules.ours}, not {called_ae}"
+    if not rules.allowed(calling_ae, address):
+        return f"rejected: {calling_ae} from {address} is in no [dicom] allow and was not admitted on the page"
+    return f"{calling_ae} from {address} is allowed"
+
+
+def _door(path: Path, rules: DoorRules) -> tuple[str, FileMetaDataset | None]:
     """Returns the door's verdict, and the file's meta information unless there is nothing to go on with."""
     try:
         meta = read_file_meta_info(path)
@@ -96,6 +120,11 @@ def _door(path: Path) -> tuple[str, FileMetaDataset | None]:
     except Exception as exc:  # noqa: BLE001 pydicom names no family for damaged input
         return f"not a DICOM file with file meta information ({type(exc).__name__})", None
     refused = ""
+    if said[0] not in rules.classes or meta.TransferSyntaxUID not in rules.syntaxes:
+        return (
+            f"no presentation context: the door takes no {UID(said[0]).name} as {meta.TransferSyntaxUID.name}; private"
+            " classes are named in [dicom] private_classes"
+        ), None
     if not valid_uid(said[1]):
         refused = _refused(Outcome.BAD_UID, "the SOP Instance UID is not a UID")
     for told, has in zip(said, (head.sop_class, head.sop_instance), strict=True):

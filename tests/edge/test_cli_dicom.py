@@ -166,6 +166,8 @@ def test_tls_with_a_client_certificate_and_what_is_wrong_without_it(
 
 
 RULES = """
+[dicom]
+allow = [{ae_title = "CR*", address = "10.0.0.0/24"}]
 [[destination]]
 name = "archive"
 ae_title = "ARCHIVE"
@@ -203,8 +205,9 @@ def test_whatif_tells_the_rule_the_destinations_and_the_head(tmp_path: Path, con
     chest, knee = radiographs(2)
     knee.BodyPartExamined = "KNEE"
     paths = write_files(tmp_path / "files", [chest, knee])
-    told = whatif(config, paths[0], "--aet", "CR1")
+    told = whatif(config, paths[0], "--aet", "CR1", "--address", "10.0.0.7")
     for word in (
+        "CR1 from 10.0.0.7 is allowed",
         "kept (0x0000)",
         "rule 1 (no screens): modality is DX, not OT",
         "rule 2 (knees elsewhere): body_part is CHEST, not KNEE",
@@ -221,6 +224,8 @@ def test_whatif_tells_the_rule_the_destinations_and_the_head(tmp_path: Path, con
     assert "not asked" in told
     told = whatif(config, paths[0], "--aet", "ARCHIVE")
     assert "not back to archive" in told
+    assert "rejected: ARCHIVE from 127.0.0.1 is in no [dicom] allow" in told
+    assert "rejected: this node is RADFLEET, not OTHER" in whatif(config, paths[0], "--aec", "OTHER")
     told = whatif(config, paths[0])
     assert "no rule matches" in told
     assert not list(tmp_path.glob("state*"))
@@ -232,8 +237,11 @@ def test_whatif_tells_what_the_door_refuses(tmp_path: Path, config: Path) -> Non
     whole = path.read_bytes()
     path.write_bytes(whole[:-500])
     assert "refused with 0xC000" in whatif(config, path)
-    chest.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
-    chest.SOPInstanceUID = "1.2.4"
+    path.write_bytes(whole.replace(chest.SOPInstanceUID.encode(), b"9" * len(chest.SOPInstanceUID), 1))
+    assert "refused with 0x" in whatif(config, path)
+    chest.SOPClassUID = chest.file_meta.MediaStorageSOPClassUID = "1.2.3.4"
+    (private,) = write_files(tmp_path / "private", [chest])
+    assert "private_classes" in whatif(config, private)
     path.write_bytes(b"")
     assert "not a DICOM file" in whatif(config, path)
     assert "not a DICOM file" in whatif(config, config)
