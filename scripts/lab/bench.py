@@ -9,12 +9,21 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from scripts.lab import bench_answer, bench_burned_in, bench_intake, bench_kill, bench_learning, bench_variants
+from scripts.lab import (
+    bench_answer,
+    bench_burned_in,
+    bench_corpora,
+    bench_intake,
+    bench_kill,
+    bench_learning,
+    bench_variants,
+)
 from scripts.lab.table import Row, machine, show, write_json
 
 BENCHES: dict[str, Callable[[], Sequence[Row]]] = {
     "intake": bench_intake.measure,
     "kill": bench_kill.measure,
+    "corpora": bench_corpora.measure,
     "latency": bench_answer.measure_latency,
     "rate": bench_answer.measure_rate,
     "variants": bench_variants.measure,

@@ -86,8 +86,8 @@ def start_orthanc(
 ) -> Orthanc:
     """Starts Orthanc; `peers` are (AE title, DICOM port) on loopback that it may send to and move to.
 
-    `tls` (certificate, key, CA of the clients) makes its DICOM port speak TLS with client certificates; `more` are settings
-    by Orthanc's own names.
+    `tls` (certificate, key, CA of the clients) makes its DICOM port speak TLS with client certificates; `more` are
+    settings by Orthanc's own names.
     """
     folder.mkdir(parents=True, exist_ok=True)
     dicom_port, http_port = free_port(), free_port()
