@@ -57,8 +57,8 @@ def measure() -> list[Row]:
         "Written by `scripts/bench corpora`; research use only, not for diagnosis. Every file of the folders `dicom`\n"
         "(real objects) and `dicom_hostile` is sent by a sender that shares no code with Radfleet. *stored*: the\n"
         "spool holds, byte for byte, the data set that the sender put on the wire. *door* columns: answered with a\n"
-        "failure, the same bytes are in the quarantine. *imaging*: stored, and the pipeline could not read it; it is on the\n"
-        "page with its reason. No file ended a process of the node, and every request was answered.\n\n"
+        "failure, the same bytes are in the quarantine. *imaging*: stored, and the pipeline could not read it; it is on\n"
+        "the page with its reason. No file ended a process of the node, and every request was answered.\n\n"
         f"edge/intake at {intake_commit()}, {machine()['measured'][:10]}.\n"
     )
     RESULT.write_text(head + "".join(parts))
