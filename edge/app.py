@@ -330,13 +330,12 @@ def run_web(config: EdgeConfig, stop: threading.Event) -> None:
         site=lambda: node_name(state),
         pacs=f"{config.pacs.ae_title} at {config.pacs.host}:{config.pacs.port}" if config.pacs else "",
     )
-    dicomweb = DicomWeb(Retention(state / "intake.sqlite", state / "spool"), config.run_folder / "intake.sock")
+    retention = Retention(state / "intake.sqlite", state / "spool")
+    dicomweb = DicomWeb(retention, config.run_folder / "intake.sock", web.viewer_origins)
     forwarding = Forwarding(
         state / "forward.sqlite", state / "results.sqlite", destinations(config), forward_requests(config), labels
     )
-    app = web_app(
-        studies, labels, clock, dicomweb=dicomweb, forwarding=forwarding, door=door_view(config, dicomweb.retention)
-    )
+    app = web_app(studies, labels, clock, dicomweb=dicomweb, forwarding=forwarding, door=door_view(config, retention))
     listener = Listener(app, web.host, ports(config)["web"], web.certificate, web.key)
     serve([listener], stop, lambda: announce(config.run_folder, "web", url=web_url(config)))
     labels.close()

@@ -113,11 +113,17 @@ class FetchSection(Section):
     within_days: int = Field(default=1095, ge=1, le=36500, description="how old a prior may be, days, 1 to 36500.")
 
 
+Origin = Annotated[str, Field(pattern=r"^https?://[0-9A-Za-z.\[\]:-]+$")]
+
+
 class WebSection(Section):
     host: str = Field(default="127.0.0.1", description="the address to listen on.")
     port: Port = 8080
     certificate: Path | None = Field(default=None, description="a PEM file with the page's certificate chain.")
     key: Path | None = Field(default=None, description="a PEM file with the key of that certificate.")
+    viewer_origins: list[Origin] = Field(
+        default=[], max_length=16, description='origins such as "https://viewer.hospital", at most 16.'
+    )
 
     @model_validator(mode="after")
     def _encrypted_off_loopback(self) -> WebSection:
@@ -295,6 +301,7 @@ host = "127.0.0.1"           # another address needs certificate and key
 port = 8080
 # certificate = "web.pem"    # PEM files; secrets are only ever named by path
 # key = "web.key"
+viewer_origins = []          # other sites whose viewer (OHIF) may read /dicom-web with a bearer token
 
 [room]
 spool_limit_bytes = 50000000000       # above 80 % a warning, above 97 % no new association, full: 0xA700

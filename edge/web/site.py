@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
+from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import shared.pages
 from edge.web.api import api_router
@@ -64,4 +67,21 @@ def web_app(
             return RedirectResponse("/login", 303)
         return pages.show("refused.html", status=status, message=exc.message, cure=exc.cure)
 
-    return SecurityHeaders(app)
+    return SecurityHeaders(_open_to_viewers(app, dicomweb.origins) if dicomweb.origins else app)
+
+
+def _open_to_viewers(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """Lets other sites read /dicom-web, and nothing else, with a bearer token (CORS without credentials)."""
+    cors = CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["authorization", "content-type"],
+        expose_headers=["warning"],
+    )
+
+    async def open_to_viewers(scope: Scope, receive: Receive, send: Send) -> None:
+        inside = scope["type"] == "http" and scope["path"].startswith(f"{PREFIX}/")
+        await (cors if inside else app)(scope, receive, send)
+
+    return open_to_viewers

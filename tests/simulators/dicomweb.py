@@ -32,6 +32,7 @@ from tests.simulators.modality import encoded, split_file
 from tests.simulators.node import make_spool
 from tests.simulators.release import HandClock
 
+VIEWER = "https://viewer.example"
 PASSWORD = "correct horse battery"
 
 
@@ -81,7 +82,7 @@ class DicomWebNode:
             site=lambda: "",
             pacs="",
         )
-        dicomweb = DicomWeb(self.retention, self.socket)
+        dicomweb = DicomWeb(self.retention, self.socket, [VIEWER])
         app = web_app(studies, self.labels, self.clock, dicomweb=dicomweb, door=self.door)
         listeners = [Listener(app, "127.0.0.1", self.port)]
         self._thread = threading.Thread(target=serve, args=(listeners, self._stop, ready.set), daemon=True)

@@ -5,7 +5,7 @@ The node is no archive: what was evicted is gone from here too. Every route name
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -57,10 +57,14 @@ class BusyError(LinkError):
 
 @dataclass(frozen=True)
 class DicomWeb:
-    """What the routes need: what is kept, and the socket of the intake process."""
+    """What the routes need: what is kept, the socket of the intake process, and whose viewers may ask from a browser.
+
+    `origins` are other sites; they need a bearer token, the page's cookie is never sent from there.
+    """
 
     retention: Retention
     handover: Path
+    origins: Sequence[str] = ()
 
 
 def dicomweb_router(web: DicomWeb, labels: Labels, keeper: Gatekeeper) -> APIRouter:

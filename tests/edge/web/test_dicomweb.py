@@ -28,7 +28,7 @@ from edge.web.dicomweb.search import Headers, search
 from edge.web.labels import MAY
 from shared.errors import PeerError
 from shared.signin import ROLES
-from tests.simulators.dicomweb import DicomWebNode
+from tests.simulators.dicomweb import VIEWER, DicomWebNode
 from tests.simulators.modality import EXPLICIT, encoded, phantom_study, split_file
 from tests.simulators.real_data import DATA, needs_data
 
@@ -355,9 +355,18 @@ class TestRights:
                 status = one.request(method, path).status_code
             assert (status != 403) == (role in MAY[action]), (role, status)  # type: ignore[index]
 
-    def test_no_other_site_may_read(self, client: httpx.Client) -> None:
-        answer = client.get("/studies", headers={"Origin": "https://viewer.example"})
-        assert not [name for name in answer.headers if name.startswith("access-control")]
+    def test_only_the_named_viewers_may_ask_from_a_browser(self, node: DicomWebNode, client: httpx.Client) -> None:
+        def allowed(path: str, origin: str, method: str = "GET") -> str:
+            headers = {"Origin": origin, "Access-Control-Request-Method": "GET"}
+            answer = client.request(method, f"{node.url}{path}", headers=headers)
+            assert "access-control-allow-credentials" not in answer.headers  # a bearer token, never the cookie
+            return str(answer.headers.get("access-control-allow-origin", ""))
+
+        assert allowed("/dicom-web/studies", VIEWER) == VIEWER
+        assert allowed("/dicom-web/studies", VIEWER, "OPTIONS") == VIEWER
+        assert allowed("/dicom-web/studies", "https://other.example") == ""
+        assert allowed("/api/worklist", VIEWER) == ""
+        assert allowed("/login", VIEWER) == ""
 
 
 @needs_data
