@@ -99,6 +99,7 @@ def describe(record: AnswerRecord) -> dict[str, Any]:
         "chosen": record.classes[record.chosen].name if record.assessed and record.chosen >= 0 else "",
         "normal": record.classes[record.normal].name if record.head else "",
         "reason": record.reason,
+        "complete": record.complete,
         "package": record.package,
         "release": record.release,
         "variant": record.variant,

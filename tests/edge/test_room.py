@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -414,6 +415,21 @@ def test_the_page_and_status_say_how_full_the_spool_is_and_what_waits(tmp_path: 
     assert json.loads(said.stdout)["room"]["level"] == "warning"
 
 
+def test_what_the_index_remembers_of_the_past_is_bounded(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    node.put(xray())
+    node.answer()
+    node.spool.association_ended("old")
+    assert node.later(15 * DAY) == 1
+    assert node.spool.index.rows("SELECT id FROM associations") == []
+    assert len(node.spool.index.rows("SELECT id FROM objects")) == 1  # a year of what left, to know it again
+    node.later(360 * DAY)
+    assert node.spool.index.rows("SELECT id FROM objects") == []
+    assert node.put(xray()) == [Outcome.STORED]
+    node.answer()
+    assert sqlite3.connect(tmp_path / "results.sqlite").execute("SELECT version FROM answers").fetchall() == [(1,)]
+
+
 @pytest.mark.e2e
 def test_full_then_evicted_then_served_again_without_a_restart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -452,3 +468,76 @@ def test_full_then_evicted_then_served_again_without_a_restart(
         assert sorted(version for _, version in answers) == [1] * 12
     finally:
         door.stop()
+
+
+_DOOR = """
+import pathlib, sys, time
+from edge.intake import room
+from edge.intake.debts import Books
+from shared.clock import SystemClock
+from tests.simulators.node import make_door, make_spool
+room.EVERY_S, room._REST = 0.02, 0.0
+state = pathlib.Path(sys.argv[1])
+spool = make_spool(state, limit_bytes=int(sys.argv[2]))
+room.Keeper(spool, Books(state, pacs=False, forwarding=False), room.Retention(0.0, 0.0), SystemClock()).start()
+print(make_door(spool).port, file=sys.stderr, flush=True)  # the log goes to stdout
+time.sleep(600)
+"""
+
+
+@pytest.mark.e2e
+def test_sigkill_while_objects_come_and_go_loses_nothing_that_was_answered_for(tmp_path: Path) -> None:
+    """The spool holds six objects, sixty come, everything that is done leaves at once, and the door dies five times."""
+    items = [phantom_study("chest-xray", 1, seed=seed % 6, patient=f"P{seed}")[0] for seed in range(60)]
+    files = write_files(tmp_path / "send", items)
+    command = [sys.executable, "-c", _DOOR, str(tmp_path), str(int(6.5 * files[0].stat().st_size))]
+    make_spool(tmp_path).close()
+    pipeline = make_pipeline(tmp_path)
+    waiting, deaths = files, 0
+    ends = time.monotonic() + 200
+    while waiting:
+        door = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            assert door.stderr is not None
+            port = int(door.stderr.readline())
+            while waiting and door.poll() is None:
+                assert time.monotonic() < ends
+                sending = threading.Thread(target=storescu, args=(port, waiting[:6]))
+                sending.start()
+                while sending.is_alive():
+                    pipeline.step()
+                    if deaths < 5 and _stored(tmp_path) >= 10 * (deaths + 1):
+                        deaths += 1
+                        door.kill()
+                        door.wait()
+                sending.join()
+                known = _known(tmp_path)
+                waiting = [
+                    path for path, item in zip(files, items, strict=True) if str(item.SOPInstanceUID) not in known
+                ]
+        finally:
+            door.kill()
+            door.wait()
+            if door.stderr is not None:
+                door.stderr.close()
+    spool = make_spool(tmp_path)
+    run_until_idle(pipeline)
+    assert deaths == 5
+    rows = spool.index.rows("SELECT * FROM objects")
+    assert {row["sop_instance"] for row in rows} == {str(item.SOPInstanceUID) for item in items}
+    kept = {row["file"] for row in rows if row["state"] == "kept"}
+    assert kept == {path.name for path in spool.folder.glob("*.dcm")}
+    answers = sqlite3.connect(tmp_path / "results.sqlite").execute("SELECT version FROM answers").fetchall()
+    assert answers == [(1,)] * 60
+    assert sqlite3.connect(tmp_path / "results.sqlite").execute("SELECT COUNT(*) FROM quarantine").fetchone() == (0,)
+
+
+def _known(state: Path) -> set[str]:
+    database = sqlite3.connect(state / "intake.sqlite")
+    found = {row[0] for row in database.execute("SELECT sop_instance FROM objects")}
+    database.close()
+    return found
+
+
+def _stored(state: Path) -> int:
+    return len(_known(state))

@@ -21,6 +21,7 @@ from edge.results.store import Store
 from edge.results.tables import AnswerRecord
 from tests.simulators.modality import encoded, phantom_study
 from tests.simulators.node import OneModel, baseline, make_pipeline, make_spool, run_until_idle
+from tests.simulators.reading import ReadingNode
 
 FIRM, LOOSE = Announced(24, firm=True), Announced(24, firm=False)
 
@@ -265,6 +266,25 @@ def test_the_report_says_why_the_series_was_thought_complete(node: Node) -> None
     node.run()
     report = pydicom.dcmread(pydicom.filebase.DicomBytesIO(build_report(node.record(), study[0]).data))
     assert "Images read: 4. Series thought complete by: expected count 4 of 4." in report.to_json()
+
+
+def test_the_page_and_the_api_say_it_too(tmp_path: Path) -> None:
+    reader = ReadingNode(tmp_path).start()
+    client = reader.client(reader.person("Ada", "radiologist"))
+    try:
+        node = Node(tmp_path)
+        study = ct(4, ImagesInAcquisition=3)
+        node.put(study[:3])
+        node.run()
+        node.put(study[3:])
+        node.run(after_s=1)
+        (answer,) = (row.answer for row in node.rows() if row.modality == "CT")
+        why = "quiet time, opened again by 1 late image"
+        assert client.get(f"/api/answers/{answer}").json()["complete"] == why
+        assert why in client.get(f"/studies/{answer}").text
+    finally:
+        client.close()
+        reader.stop()
 
 
 # -- what has left the spool ----------------------------------------------------------------------------------------
