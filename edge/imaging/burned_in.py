@@ -45,6 +45,7 @@ _BLACKED_TRIES = 3
 _MODEL_SHA256 = "090f04abcd9d9a7498bc4ebf677e4cb9bdce1fe4197ddb7e529f1ef44e1ff94f"
 _MODEL_BYTES = 20_000_000  # at most
 _SIDE = 1024  # pixels of the shorter side: what is smaller grows, for letters of 8 pixels
+_SMALLEST = 16  # pixels of the shorter side: nothing that can be read is in less
 _GROW = 2.0  # at most: more of a tiny image is blur
 _LONGEST = 1600
 _THRESHOLD, _SCORE = 0.2, 0.35  # of the detector's map, and of a mark's mean
@@ -124,6 +125,8 @@ def pictures(dataset: Dataset) -> Iterator[Colour]:
 def marks(picture: Colour) -> list[Mark]:
     """Returns what the detector marks in an 8-bit picture; what is higher than any line of text is left out."""
     height, width = picture.shape[:2]
+    if min(height, width) < _SMALLEST:
+        return []
     grow = min(_GROW, max(1.0, _SIDE / min(height, width)), max(_LONGEST / max(height, width), 1e-3))
     size = tuple(max(32, round(side * grow / 32) * 32) for side in (width, height))
     scaled = (cv2.resize(picture, size).astype(np.float32) / 255 - 0.5) / 0.5

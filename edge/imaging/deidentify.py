@@ -300,7 +300,7 @@ class _Work:
             self._numbers.update(one.strip() for one in _values(element.value) if _telling(one.strip(), 4))
 
     def sweep(self, dataset: Dataset) -> None:
-        """Puts a dummy wherever a word of a name or an identifier still stands in a text."""
+        """Puts a dummy where a word of a name or an identifier still stands in a text; how to read pixels stays."""
         if not (self._words or self._numbers):
             return
         words = {word.casefold() for word in self._words}
@@ -311,7 +311,10 @@ class _Work:
             if element.VR == "SQ":
                 for item in element.value:
                     self.sweep(item)
-            elif element.VR in _SHORT or element.VR in ("IS", "DS"):
+            elif element.VR in ("IS", "DS"):  # a measure may hold the digits of a short identifier by chance
+                if any(len(one) >= 6 and one in self._numbers for one in _values(element.value)):
+                    element.value = _DUMMY[element.VR]
+            elif element.VR in _SHORT and element.tag.group != 0x0028 and element.tag != 0x00080060:
                 for text in map(str.casefold, _values(element.value)):
                     if words & set(re.split(r"[\W_]+", text)) or any(part in text for part in parts):
                         element.value = _DUMMY[element.VR]

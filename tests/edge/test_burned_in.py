@@ -19,12 +19,13 @@ from pydicom.uid import (
     UltrasoundMultiFrameImageStorage,
 )
 
+from edge.imaging import burned_in as detector
 from edge.imaging.burned_in import Mark, burned_in, marks, pictures
 from edge.imaging.deidentify import deidentify, encode
 from edge.imaging.read import open_object
 from models.data import data_folder
 from scripts.lab.bench_burned_in import draw, overlaps, phantoms, real_pictures, recall, share
-from shared.errors import PeerError
+from shared.errors import PeerError, TrustError
 from tests.edge.test_deidentify import KEY, ct
 from tests.simulators.modality import phantom_study
 from tests.simulators.real_data import DATA, needs_data
@@ -193,6 +194,13 @@ def test_phantoms_are_never_taken_for_text() -> None:
 def test_drawn_lines_are_found_on_phantoms() -> None:
     covered, _, of = recall(list(phantoms())[:8], 16, np.random.default_rng(3))
     assert covered >= of - 1
+
+
+def test_attack_another_detector_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detector, "_MODEL_SHA256", "0" * 64)
+    detector._session.cache_clear()
+    with pytest.raises(TrustError, match="not the file that was tried"):
+        marks(np.zeros((64, 64, 3), np.uint8))
 
 
 def test_a_line_that_is_half_covered_does_not_count() -> None:

@@ -300,6 +300,18 @@ def test_names_and_numbers_go_from_texts_that_the_table_does_not_name() -> None:
     assert result.Manufacturer == "REMOVED"
 
 
+def test_a_measure_that_looks_like_a_short_identifier_stays() -> None:
+    item = ct()
+    item.PatientID, item.PatientName, item.AccessionNumber = "1000", "Chrome^Original", "20261122"
+    item.ImagePositionPatient, item.RepetitionTime = ["-100.1000", "1000", "0"], "1000"
+    item.SliceLocation = "20261122"
+    result, _ = cleaned(item)
+    assert result.ImagePositionPatient == [-100.1, 1000, 0]
+    assert result.RepetitionTime == 1000
+    assert result.SliceLocation == 0
+    assert (result.PhotometricInterpretation, result.Modality) == ("MONOCHROME2", "CT")
+
+
 def test_free_texts_and_odd_forms_that_the_table_does_not_name() -> None:
     item = ct()
     item.add_new(0x00080070, "LT", "a note about the neighbour")  # Manufacturer with a wrong VR

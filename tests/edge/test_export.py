@@ -16,6 +16,7 @@ import edge.cli
 from edge.config import TEMPLATE
 from edge.imaging.pseudonym import mapped_uid
 from edge.results import reading
+from edge.results.cases import CaseStore
 from edge.results.documents import Builder
 from edge.results.tables import AnswerRecord
 from shared.console import run_cli
@@ -25,6 +26,7 @@ from tests.edge.test_deidentify import ct
 from tests.edge.test_pipeline import Dropped, Node, confirm
 from tests.simulators.modality import phantom_study
 from tests.simulators.node import SITE_KEY
+from tests.simulators.reading import PASSWORD, ReadingNode
 
 CANARY = "ZZCANARY-7"
 STUDY = "1.2.826.777777.5"
@@ -159,6 +161,22 @@ def test_text_in_the_original_keeps_a_case_out_of_learning_with_a_reason(tmp_pat
     assert kept(node) == 0
     assert not dropped.messages
     assert "burned into the image" in reading.withheld(tmp_path / "cases" / "cases.sqlite", record.case)
+
+
+def test_the_page_of_a_study_says_why_nothing_is_learned_from_it(tmp_path: Path) -> None:
+    served = ReadingNode(tmp_path).start()
+    try:
+        served.person("dr", "radiologist")
+        with served.client() as page:
+            assert page.post("/login", data={"name": "dr", "password": PASSWORD}).status_code == 303
+            answer = next(row["answer"] for row in page.get("/api/worklist").json() if row["finding"])
+            assert "Not used for learning" not in page.get(f"/studies/{answer}").text
+            cases = CaseStore(tmp_path / "cases" / "cases.sqlite")
+            cases.withhold(served.studies.answer(answer), "text is burned into the image", 0.0)
+            cases.close()
+            assert "Not used for learning: text is burned into the image." in page.get(f"/studies/{answer}").text
+    finally:
+        served.stop()
 
 
 def test_an_original_that_is_gone_keeps_a_case_out_too(tmp_path: Path) -> None:
