@@ -25,8 +25,10 @@ from edge.intake.room import HIGH, IDENTITY, LOW, Candidate, Keeper, Limits, Ret
 from edge.intake.spool import Arriving, Spool
 from edge.intake.status import Outcome
 from edge.pipeline import Pipeline
+from edge.report import room_state
+from scripts.lab.child import wait_until
 from shared.errors import PeerError
-from tests.simulators.modality import encoded, phantom_study, storescu, write_files
+from tests.simulators.modality import EXPLICIT, encoded, phantom_study, storescu, write_files
 from tests.simulators.node import make_door, make_pipeline, make_spool, run_until_idle
 from tests.simulators.reading import ReadingNode
 
@@ -468,6 +470,36 @@ def test_full_then_evicted_then_served_again_without_a_restart(
         assert sorted(version for _, version in answers) == [1] * 12
     finally:
         door.stop()
+
+
+@pytest.mark.e2e
+def test_the_intake_process_keeps_room_as_its_configuration_says(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    spool = make_spool(state)
+    for seed, item in enumerate((xray(1), xray(2))):
+        if seed:
+            item.PixelData = item.PixelData[:1000]
+        arriving = Arriving(str(item.SOPClassUID), str(item.SOPInstanceUID), EXPLICIT, "MODALITY")
+        spool.store(arriving, [encoded(item)])
+    spool.close()
+    run_until_idle(make_pipeline(state))
+    config = tmp_path / "edge.toml"
+    config.write_text('[dicom]\nhost = "127.0.0.1"\nport = 0\n[room]\nretention_days = 0.00001\n')
+    command = [sys.executable, "-m", "edge", "run", "--only", "intake", "--config", str(config)]
+    intake = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until("the answered object has left", lambda: len(list((state / "spool").glob("*.dcm"))) == 1, seconds=60)
+        wait_until("it says what stays", lambda: _held(state) == {debts.QUARANTINED: 1}, seconds=30)
+        intake.terminate()
+        assert intake.wait(30) == 0
+    finally:
+        intake.kill()
+        intake.wait()
+
+
+def _held(state: Path) -> object:
+    room = room_state(state)
+    return room.held if room else None
 
 
 _DOOR = """
