@@ -75,6 +75,11 @@ def mark(client: httpx.Client) -> str:
     return found[1]
 
 
+def shown(window: Browser, selector: str) -> str:
+    """Returns an element's text in one step: between finding and reading the page may have renewed it."""
+    return str(window.script(f"return document.querySelector('{selector}')?.innerText ?? ''"))
+
+
 def echoscu(port: int, calling: str, called: str = "RADFLEET") -> bool:
     """Tells whether DCMTK's echo is answered."""
     command = ["echoscu", "-to", "10", "-aet", calling, "-aec", called, "127.0.0.1", str(port)]
@@ -93,22 +98,22 @@ def test_an_unknown_caller_is_admitted_with_one_key_and_calls_again(
         window.press("root", "Tab", PASSWORD, "Enter")
         wait_until("the worklist", lambda: window.url == f"{node.url}/")
         window.open(f"{node.url}/door")
-        wait_until("the caller", lambda: "MR NEW" in window.text("#live"))
+        wait_until("the caller", lambda: "MR NEW" in shown(window, "#live"))
         window.script("document.querySelector('[id^=admit-]').focus()")
         renewed = "return document.querySelector('[id^=admit-]').dataset.old === undefined"
         window.script("document.querySelector('[id^=admit-]').dataset.old = 'yes'")
         wait_until("the part to be renewed", lambda: bool(window.script(renewed)))
         assert str(window.script("return document.activeElement.id")).startswith("admit-")  # the focus stays
         window.press("Enter")
-        wait_until("the admission", lambda: "admitted by root" in window.text("#live"))
-        assert "Nobody unknown has called" in window.text("#live")
+        wait_until("the admission", lambda: "admitted by root" in shown(window, "#live"))
+        assert "Nobody unknown has called" in shown(window, "#live")
         assert echoscu(door.port, "MR NEW")
-        wait_until("their echo", lambda: "just now" in window.text("#live"))
+        wait_until("their echo", lambda: "just now" in shown(window, "#live"))
         peer = free_port()
         window.script(f"document.querySelector('[name=port]').value = '{peer}'")
         window.script("document.querySelector('[name=host]').focus()")
         window.press("127.0.0.1", "Tab", "Tab", "PACS", "Enter")
-        wait_until("our echo", lambda: "Nobody listens" in window.text("#echo-result"))
+        wait_until("our echo", lambda: "Nobody listens" in shown(window, "#echo-result"))
         window.script("window.scrollTo(0, 0)")
         window.screenshot(tmp_path / "door.png")
     finally:
