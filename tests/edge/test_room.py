@@ -20,14 +20,16 @@ from hypothesis import strategies as st
 from edge.intake import debts
 from edge.intake.debts import Books, Open, Worked
 from edge.intake.index import EVICTED
+from edge.intake.part import Arriving
 from edge.intake.release import ask, stuck
 from edge.intake.room import HIGH, IDENTITY, LOW, Candidate, Keeper, Limits, Retention, level, plan
-from edge.intake.spool import Arriving, Spool
+from edge.intake.spool import Spool
 from edge.intake.status import Outcome
 from edge.pipeline import Pipeline
 from edge.report import room_state
 from scripts.lab.child import wait_until
 from shared.errors import PeerError
+from tests.edge.test_intake_commitment import Hears, request
 from tests.simulators.modality import EXPLICIT, encoded, phantom_study, storescu, write_files
 from tests.simulators.node import make_door, make_pipeline, make_spool, run_until_idle
 from tests.simulators.reading import ReadingNode
@@ -468,6 +470,34 @@ def test_full_then_evicted_then_served_again_without_a_restart(
         node.answer()
         answers = sqlite3.connect(node.state / "results.sqlite").execute("SELECT answer, version FROM answers")
         assert sorted(version for _, version in answers) == [1] * 12
+    finally:
+        door.stop()
+
+
+@pytest.mark.e2e
+def test_a_storage_commitment_holds_from_its_report_and_is_refused_once_the_object_has_left(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    item = xray()
+    pair = (str(item.SOPClassUID), str(item.SOPInstanceUID))
+    door = make_door(node.spool, clock=node.clock)
+    try:
+        early = Hears(answer=0x0110)  # it asks before the object has come, and does not take the report
+        early.ask(door.port, request(pair, transaction="2.25.1"))
+        node.put(item)
+        node.answer()
+        node.clock.seconds += 10 * DAY
+        (due,) = door.commitments.due(node.clock.seconds)  # judged anew for an association of our own
+        assert due.report.safe == (pair,)
+        assert node.later(13.9 * DAY) == 0  # ten days older than the retention, and promised by that report
+        asks = Hears()
+        asks.ask(door.port, request(pair, transaction="2.25.2"))
+        assert [event for event, _ in asks.reports] == [1]
+        assert node.later(13.9 * DAY) == 0
+        assert node.later(0.2 * DAY) == 1
+        late = Hears()
+        late.ask(door.port, request(pair, transaction="2.25.3"))
+        ((event, report),) = late.reports
+        assert (event, report.FailedSOPSequence[0].FailureReason) == (2, 0x0112)
     finally:
         door.stop()
 
