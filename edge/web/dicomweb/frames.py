@@ -26,7 +26,7 @@ from shared.package.input_spec import MAX_SIDE
 
 Array = npt.NDArray[Any]
 
-FRAME_BYTES = 512 * 1024 * 1024  # of one decoded frame
+FRAME_BYTES = 256 * 1024 * 1024  # of one decoded frame
 ENCODED_BYTES = 256 * 1024 * 1024  # of one compressed frame
 FRAMES = 100_000
 _DECODING = threading.BoundedSemaphore(2)  # frames decoded at once: a decoded frame may be large

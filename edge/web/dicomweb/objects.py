@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,14 @@ from edge.web.dicomweb.retention import Kept, NotKeptError, Retention
 from shared.errors import PeerError, StateError
 from shared.files import read_limited
 
-TRANSCODED_BYTES = 512 * 1024 * 1024  # larger objects are given as stored or not at all
+TRANSCODED_BYTES = 256 * 1024 * 1024  # objects that are larger, or decode to more, are given as stored or not at all
 _TRANSCODING = threading.BoundedSemaphore(1)
+_RENDERING = threading.BoundedSemaphore(2)  # a picture takes several times its frame
 _UNDEFINED = 0xFFFFFFFF
+
+
+class UnconvertibleError(PeerError):
+    """The object cannot be brought into explicit VR little endian here."""
 
 
 class Body(Struct, frozen=True):
@@ -68,10 +74,13 @@ def retrieve(retention: Retention, objects: list[Kept], wanted: list[Accepted]) 
         if named and any(kept.transfer_syntax != one.transfer_syntax for kept in objects):
             continue
         parts = (_part(retention.path(kept), kept, one.transfer_syntax) for kept in objects)
+        try:
+            first = next(parts)  # before the answer begins, so that a fault still has a status
+        except UnconvertibleError:
+            continue
         if single:
-            kind, pieces = next(parts)
-            return Body(kind, pieces)
-        return Body(multipart_type(DICOM), multipart(parts))
+            return Body(*first)
+        return Body(multipart_type(DICOM), multipart(chain([first], parts)))
     raise NotAcceptableError("The objects cannot be given in a form that is accepted.", cure='Accept "*".')
 
 
@@ -158,7 +167,7 @@ def rendered(retention: Retention, kept: Kept, number: int, picture: Picture) ->
         NoFrameError: the object has no such frame.
         PeerError: it cannot be decoded.
     """
-    with opened(retention.path(kept), kept) as file:
+    with _RENDERING, opened(retention.path(kept), kept) as file:
         return render(Pixels(Header(file, kept.transfer_syntax), kept.transfer_syntax), number, picture)
 
 
@@ -237,17 +246,27 @@ def _part(path: Path, kept: Kept, wanted: str) -> tuple[str, Iterator[bytes]]:
         try:
             with _TRANSCODING:
                 return f"{DICOM}; transfer-syntax={EXPLICIT}", _pieces(_explicit(path, kept))
-        except PeerError:
+        except UnconvertibleError:
             if wanted:
                 raise
     return f"{DICOM}; transfer-syntax={syntax}", file_pieces(path)
 
 
 def _explicit(path: Path, kept: Kept) -> bytes:
+    try:
+        with opened(path, kept) as file:
+            pixels = Pixels(Header(file, kept.transfer_syntax), kept.transfer_syntax)
+            decoded = pixels.frame_bits // 8 * pixels.frames
+    except NoFrameError:
+        decoded = 0
+    except PeerError as exc:
+        raise UnconvertibleError(exc.message) from exc
+    if decoded > TRANSCODED_BYTES:
+        raise UnconvertibleError(f"Decoded, the object has {decoded} bytes.")
     data = read_limited(path, TRANSCODED_BYTES)
     try:
         dataset = pydicom.dcmread(BytesIO(data))
-        if kept.transfer_syntax not in NATIVE:
+        if kept.transfer_syntax not in NATIVE and decoded:
             dataset.decompress(generate_instance_uid=False)
         elif kept.transfer_syntax == BIG_ENDIAN:
             _swap(dataset)
@@ -256,7 +275,7 @@ def _explicit(path: Path, kept: Kept) -> bytes:
         dataset.save_as(out, implicit_vr=False, little_endian=True)
         return out.getvalue()
     except Exception as exc:  # pydicom and the codecs name no family
-        raise PeerError(f"The object cannot be converted: {type(exc).__name__}.") from exc
+        raise UnconvertibleError(f"The object cannot be converted: {type(exc).__name__}.") from exc
 
 
 def _swap(dataset: Dataset) -> None:

@@ -15,7 +15,7 @@ from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from edge.intake.handover import Handing
-from edge.intake.spool import Arriving
+from edge.intake.part import Arriving
 from edge.web.dicomweb.elements import encode_json
 from edge.web.dicomweb.frames import NoFrameError, UndecodableError
 from edge.web.dicomweb.incoming import Incoming

@@ -16,7 +16,7 @@ from pydicom.filereader import _read_file_meta_info  # reads a group 2 with or w
 
 from edge.intake.handover import Answer
 from edge.intake.head import DEFLATED
-from edge.intake.spool import Arriving
+from edge.intake.part import Arriving
 from edge.web.dicomweb.elements import Header, Json
 from edge.web.dicomweb.incoming import Event, Incoming, PartBegins, PartData
 from edge.web.dicomweb.media import DICOM, content_type

@@ -20,7 +20,7 @@ from PIL import Image
 from pydicom.dataset import FileDataset
 from pydicom.uid import ExplicitVRBigEndian, RLELossless
 
-from edge.intake.spool import Arriving
+from edge.intake.part import Arriving
 from edge.web.dicomweb.elements import Header, encode_json, to_json
 from edge.web.dicomweb.query import parse
 from edge.web.dicomweb.retention import Uids
@@ -280,6 +280,22 @@ class TestRetrieve:
             path_of(item), headers={"Accept": "application/dicom"}
         )  # the default: explicit little endian
         np.testing.assert_array_equal(pydicom.dcmread(BytesIO(whole.content)).pixel_array, frames)
+
+    def test_attack_an_object_that_decodes_to_too_much_is_given_as_stored_or_not(
+        self, node: DicomWebNode, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        item = phantom_study("chest-xray", 1, seed=31)[0]
+        item.PixelData, item.NumberOfFrames = bytes(len(item.PixelData) * 20), 20
+        item.compress(RLELossless, generate_instance_uid=False)
+        node.store(item)
+        limit = len(item.PixelData) * 2  # twenty black frames are much smaller than decoded
+        monkeypatch.setattr("edge.web.dicomweb.objects.TRANSCODED_BYTES", limit)
+        whole = client.get(path_of(item), headers={"Accept": "application/dicom"})
+        assert whole.headers["content-type"].endswith("transfer-syntax=1.2.840.10008.1.2.5")
+        explicit = "application/dicom; transfer-syntax=1.2.840.10008.1.2.1"
+        assert client.get(path_of(item), headers={"Accept": explicit}).status_code == 406
+        monkeypatch.undo()
+        assert client.get(path_of(item), headers={"Accept": explicit}).status_code == 200
 
     def test_big_endian_pixels_are_turned(self, node: DicomWebNode, client: httpx.Client) -> None:
         item = phantom_study("chest-xray", 0, seed=11)[0]

@@ -16,9 +16,9 @@ from pynetdicom.sop_class import CTImageStorage, Verification
 
 from edge.intake.door import Door
 from edge.intake.index import Visit
+from edge.intake.part import Arriving, RefusedError
 from edge.intake.peers import AllowList, Peer, admitted_callers
 from edge.intake.services import NAGLE
-from edge.intake.spool import Arriving, RefusedError
 from edge.intake.status import Outcome
 from edge.web import echo
 from edge.web.labels import MAY

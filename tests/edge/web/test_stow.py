@@ -19,7 +19,7 @@ import pytest
 from pydicom.dataset import FileDataset
 
 from edge.intake.handover import CLASS_UNKNOWN, SYNTAX_UNKNOWN, Answer
-from edge.intake.spool import Arriving
+from edge.intake.part import Arriving
 from edge.intake.status import STATUS, Outcome
 from edge.web.dicomweb import stow
 from edge.web.dicomweb.incoming import Incoming
