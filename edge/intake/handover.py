@@ -25,7 +25,8 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from edge.intake.spool import Arriving, Part, RefusedError, Spool
+from edge.intake.part import Arriving, Part, RefusedError
+from edge.intake.spool import Spool
 from edge.intake.status import STATUS, Outcome
 from edge.nudge import short_name
 from shared.errors import LinkError, PeerError, RadfleetError, RoomError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from edge.intake.spool import OBJECT_LIMIT_BYTES
+from edge.intake.part import OBJECT_LIMIT_BYTES
 from edge.sqlite import open_foreign
 from shared.errors import ConfigError, StateError
 from shared.log import get_logger

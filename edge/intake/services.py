@@ -11,9 +11,10 @@ from edge.intake.association import Negotiated, Waits
 from edge.intake.commitment import Commitments
 from edge.intake.index import Visit
 from edge.intake.meta import IMPLEMENTATION_NAME, IMPLEMENTATION_UID
+from edge.intake.part import Arriving, Part, RefusedError
 from edge.intake.pdu import Accepted, Command, Request
 from edge.intake.peers import AllowList, Peer
-from edge.intake.spool import Arriving, Part, RefusedError, Spool
+from edge.intake.spool import Spool
 from edge.intake.status import KEPT, STATUS, Outcome
 from edge.intake.syntaxes import STORAGE_COMMITMENT, VERIFICATION, negotiate
 from shared.clock import Clock

@@ -20,8 +20,8 @@ from edge.intake import commitment, door, pdu, services
 from edge.intake.association import MAX_PDU_BYTES
 from edge.intake.door import ARTIM_S, IDLE_S
 from edge.intake.meta import IMPLEMENTATION_NAME, IMPLEMENTATION_UID
+from edge.intake.part import OBJECT_LIMIT_BYTES
 from edge.intake.peers import MAX_ASSOCIATIONS, PEER_ASSOCIATIONS
-from edge.intake.spool import OBJECT_LIMIT_BYTES
 from edge.intake.status import STATUS, Outcome
 from edge.intake.syntaxes import STORAGE_COMMITMENT, VERIFICATION, storage_classes, transfer_syntaxes
 from edge.intake.tls import SUITES

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from edge.intake import spool as spool_module
-from edge.intake.spool import Arriving
+from edge.intake.part import Arriving
 from edge.intake.status import Outcome
 from edge.results.store import Store
 from scripts.lab.child import wait_until

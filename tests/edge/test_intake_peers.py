@@ -14,9 +14,10 @@ import pytest
 from edge.intake.association import Waits
 from edge.intake.door import Door
 from edge.intake.index import CALLERS_KEPT, Index
+from edge.intake.part import Arriving, RefusedError
 from edge.intake.peers import AllowList, Peer, admitted_callers
 from edge.intake.services import NAGLE, SLOW, _note
-from edge.intake.spool import Arriving, RefusedError, Spool
+from edge.intake.spool import Spool
 from edge.intake.status import Outcome
 from edge.intake.tls import Tls
 from edge.web.labels import Labels
@@ -52,9 +53,17 @@ def echo(port: int, *options: str, calling: str = "MODALITY") -> subprocess.Comp
 
 @pytest.mark.parametrize(
     ("title", "address", "let_in"),
-    [("CT1", "10.1.2.3", True), ("CT12", "10.1.2.3", False), ("MR7", "::ffff:10.9.9.9", True), ("MR7", "10.10.0.1", False),
-     ("ct1", "10.1.2.3", False), ("X*", "127.0.0.1", False), ("STAR*", "127.0.0.1", True), ("STARS", "127.0.0.1", False)],
-)  # fmt: skip
+    [
+        ("CT1", "10.1.2.3", True),
+        ("CT12", "10.1.2.3", False),
+        ("MR7", "::ffff:10.9.9.9", True),
+        ("MR7", "10.10.0.1", False),
+        ("ct1", "10.1.2.3", False),
+        ("X*", "127.0.0.1", False),
+        ("STAR*", "127.0.0.1", True),
+        ("STARS", "127.0.0.1", False),
+    ],
+)
 def test_the_allow_list_takes_wildcards_and_networks(title: str, address: str, let_in: bool) -> None:
     allow = AllowList(
         (Peer("CT?"), Peer("MR*", "10.9.0.0/16")), lambda: [Peer("STAR[*]", "127.0.0.1"), Peer("BAD", "127.0.0.1")]

@@ -13,7 +13,8 @@ import pytest
 
 from edge.intake import spool as spool_module
 from edge.intake.head import CutError, read_head, valid_uid
-from edge.intake.spool import Arriving, Part, RefusedError, Spool
+from edge.intake.part import Arriving, Part, RefusedError
+from edge.intake.spool import Spool
 from edge.intake.status import KEPT, STATUS, Outcome
 from scripts.lab.child import wait_until
 from shared.errors import RadfleetError, RoomError, StateError

@@ -18,7 +18,8 @@ import pytest
 
 from edge.imaging.pseudonym import case_pseudonym, is_held_out
 from edge.inference.engine import load_engine
-from edge.intake.spool import Arriving, Spool
+from edge.intake.part import Arriving
+from edge.intake.spool import Spool
 from edge.pipeline import Pipeline
 from edge.results import reading
 from edge.results.documents import Builder

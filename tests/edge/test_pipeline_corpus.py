@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edge.intake.spool import Arriving, RefusedError
+from edge.intake.part import Arriving, RefusedError
 from edge.results import reading
 from tests.edge.test_pipeline import Node
 from tests.simulators.modality import split_file

@@ -14,7 +14,7 @@ import pytest
 from msgspec.structs import replace
 from PIL import Image
 
-from edge.intake.spool import Arriving
+from edge.intake.part import Arriving
 from edge.results import reading
 from edge.results.documents import build_documents
 from edge.results.report import RESEARCH_ONLY, build_report, device_uid

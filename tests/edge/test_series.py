@@ -12,7 +12,7 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
-from edge.intake.spool import Arriving
+from edge.intake.part import Arriving
 from edge.results import reading
 from edge.results.reading import WorklistRow
 from edge.results.report import build_report

@@ -13,7 +13,8 @@ from requests import Session
 
 from edge.forward.peer import Peer
 from edge.intake.handover import Handover
-from edge.intake.spool import Arriving, Spool
+from edge.intake.part import Arriving
+from edge.intake.spool import Spool
 from edge.intake.status import Outcome
 from edge.intake.syntaxes import storage_classes, transfer_syntaxes
 from edge.report import node_report

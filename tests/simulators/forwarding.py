@@ -14,7 +14,7 @@ from edge.forward.queue import Queue
 from edge.forward.routes import Routes
 from edge.forward.rules import Rule
 from edge.forward.sender import Sender
-from edge.intake.spool import Arriving
+from edge.intake.part import Arriving
 from scripts.lab.parts import Orthanc
 from shared.clock import Clock
 from tests.simulators.modality import encoded, phantom_study

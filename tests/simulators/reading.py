@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 from pydicom.dataset import FileDataset
 
-from edge.intake.spool import Arriving
+from edge.intake.part import Arriving
 from edge.report import node_report
 from edge.web.dicomweb.retention import Retention
 from edge.web.dicomweb.routes import DicomWeb
