@@ -6,6 +6,8 @@ import secrets
 import threading
 from collections.abc import Callable
 
+from pydicom.uid import UID
+
 from edge.intake import pdu
 from edge.intake.association import Negotiated, Waits
 from edge.intake.commitment import Commitments
@@ -222,7 +224,7 @@ class Visitor:
         return why
 
     def _note_caller(self, request: Request) -> None:
-        names = ", ".join(dict.fromkeys(one.abstract_syntax for one in request.contexts[:3]))
+        names = ", ".join(dict.fromkeys(UID(one.abstract_syntax).name for one in request.contexts[:3]))
         proposed = f"{len(request.contexts)} contexts: {names}; {request.implementation}"[:300]
         try:
             self._room.spool.index.caller(

@@ -85,7 +85,7 @@ def test_an_unknown_caller_waits_on_the_page_and_is_let_in_when_admitted(tmp_pat
         assert echo(door.port, calling="NEW*CT").returncode != 0
         (caller,) = spool.index.rows("SELECT * FROM callers")
         assert (caller["ae_title"], caller["address"], caller["times"]) == ("NEW*CT", "127.0.0.1", 2)
-        assert "1.2.840.10008.1.1" in caller["proposed"]
+        assert "Verification SOP Class" in caller["proposed"]
         Labels(labels, SystemClock()).close()
         with sqlite3.connect(labels) as database:
             database.execute("CREATE TABLE IF NOT EXISTS admitted (ae_title TEXT, address TEXT, by TEXT, at TEXT)")
