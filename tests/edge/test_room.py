@@ -364,6 +364,28 @@ def test_sigkill_between_the_mark_and_the_removal_leaves_the_object_kept_and_its
     assert again.files() == 0
 
 
+_EVICTS = """
+import pathlib, sys
+from tests.simulators.node import make_spool
+make_spool(pathlib.Path(sys.argv[1])).evict([sys.argv[2]], promised_before=float("inf"))
+"""
+
+
+def test_the_mark_is_on_the_disk_before_the_file_goes(tmp_path: Path) -> None:
+    """Else a power cut could leave a row that says kept and no file."""
+    node = Node(tmp_path / "state")
+    node.put(xray())
+    (digest,) = (row["digest"] for row in node.spool.index.rows("SELECT digest FROM objects"))
+    node.spool.close()
+    calls = tmp_path / "calls"
+    trace = ["strace", "-f", "-y", "-o", str(calls), "-e", "trace=fsync,fdatasync,unlink,unlinkat"]
+    subprocess.run([*trace, sys.executable, "-c", _EVICTS, str(node.state), digest], check=True)
+    lines = calls.read_text().splitlines()
+    (removed,) = (number for number, line in enumerate(lines) if f"{digest}.dcm" in line and "unlink" in line)
+    synced = max(number for number, line in enumerate(lines[:removed]) if "sync(" in line)
+    assert "intake.sqlite-wal" in lines[synced]
+
+
 def test_the_same_bytes_that_come_while_their_object_leaves_are_not_lost(tmp_path: Path) -> None:
     """Eviction holds the lock under which an arriving object is renamed and indexed."""
     node = Node(tmp_path)
