@@ -54,11 +54,11 @@ def measure() -> list[Row]:
         rows += [Row(f"{sender}: {name}", count, f"of {len(items)} files") for name, count in totals.most_common()]
     head = (
         "# Both corpora, through a whole node\n\n"
-        "Written by `scripts/bench corpora`; research use only, not for diagnosis. Every file of the folders `dicom`\n"
-        "(real objects) and `dicom_hostile` is sent by a sender that shares no code with Radfleet. *stored*: the\n"
-        "spool holds, byte for byte, the data set that the sender put on the wire. *door* columns: answered with a\n"
-        "failure, the same bytes are in the quarantine. *imaging*: stored, and the pipeline could not read it; it is on\n"
-        "the page with its reason. No file ended a process of the node, and every request was answered.\n\n"
+        "Written by `scripts/bench corpora`; research use only, not for diagnosis. Every file of the folders\n"
+        "`dicom` (real objects) and `dicom_hostile` is sent by a sender that shares no code with Radfleet.\n"
+        "*stored*: the spool holds, byte for byte, the data set that the sender put on the wire. *door*: answered\n"
+        "with a failure, the same bytes are in the quarantine. *imaging*: stored, and the pipeline could not read\n"
+        "it; it is on the page with its reason. No file ended a process of the node, every request was answered.\n\n"
         f"edge/intake at {intake_commit()}, {machine()['measured'][:10]}.\n"
     )
     RESULT.write_text(head + "".join(parts))

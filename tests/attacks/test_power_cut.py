@@ -10,13 +10,14 @@ import random
 import shutil
 import sqlite3
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from pydicom.dataset import FileDataset
 
-from edge.intake.spool import Arriving
+from edge.intake.part import Arriving
 from edge.intake.status import Outcome
 from edge.results.store import Store
 from scripts.lab.door import door_process
@@ -34,7 +35,7 @@ def small(item: FileDataset, side: int) -> FileDataset:
     return item
 
 
-ITEMS = [small(item, 32 + 40 * n) for n, item in enumerate(phantom_study("chest-ct", 0, seed=3, slices=5))]
+ITEMS = [small(item, 32 + 24 * n) for n, item in enumerate(phantom_study("chest-ct", 0, seed=3, slices=8))]
 SENT = {str(item.SOPInstanceUID): encoded(item) for item in ITEMS}
 LATER = small(phantom_study("chest-ct", 0, seed=4, slices=1)[0], 16)
 
@@ -45,20 +46,22 @@ class Recorded:
     calls: Sequence[Call]
 
 
-def record(folder: Path, items: Sequence[FileDataset]) -> Recorded:
+def record(folder: Path, items: Sequence[FileDataset], senders: int = 1) -> Recorded:
     """Sends objects with `storescu` to a door on `folder`/state and returns its system calls."""
     trace, state = folder / "trace", folder / "state"
     state.mkdir(exist_ok=True)
-    with door_process(state, before=traced(trace)) as door:
-        sent = storescu(door.port, write_files(folder / "send", items))
-        assert sent.returncode == 0, sent.stderr
+    files = write_files(folder / "send", items)
+    with door_process(state, before=traced(trace)) as door, ThreadPoolExecutor(senders) as pool:
+        for sent in pool.map(lambda part: storescu(door.port, part), [files[n::senders] for n in range(senders)]):
+            assert sent.returncode == 0, sent.stderr
     shutil.rmtree(folder / "send")
     return Recorded(state, read_trace(trace))
 
 
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
-    return record(tmp_path_factory.mktemp("traced"), ITEMS)
+@pytest.fixture(scope="module", params=[1, 4], ids=["one sender", "four senders"])
+def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """Four senders share commits; their calls overlap in the trace."""
+    return record(tmp_path_factory.mktemp("traced"), ITEMS, request.param)
 
 
 @pytest.fixture
@@ -96,11 +99,14 @@ def lost(left: Path, acknowledged: Sequence[str]) -> list[str]:
 def work_off(state: Path) -> list[str]:
     """Returns the digests that a pipeline gets from its store, in order."""
     store = Store(state / "results.sqlite", state / "intake.sqlite")
-    seen = []
-    while claimed := store.claim(0.0):
-        seen.append(claimed.digest)
-        with store.writing():
-            store.finish(claimed, "skipped")
+    seen, idle = [], 0
+    while idle < 5:  # a look at a batch of objects that are done already finds nothing
+        claimed = store.claim(0.0)
+        idle = 0 if claimed else idle + 1
+        if claimed:
+            seen.append(claimed.digest)
+            with store.writing():
+                store.finish(claimed, "skipped")
     store.close()
     return seen
 
@@ -119,8 +125,8 @@ def test_a_cut_after_any_system_call_loses_nothing_acknowledged(recorded: Record
         lay_out(disk.survivors(), left := rooms / str(number))
         assert lost(left, disk.acknowledged) == [], number
         checked += 1
-    assert disk.acknowledged == list(SENT)
-    assert checked > 4 * len(SENT)  # at the least file, folder, answer
+    assert sorted(disk.acknowledged) == sorted(SENT)
+    assert checked > 2 * len(SENT)  # file and answer of each at the least
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))

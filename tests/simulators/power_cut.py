@@ -123,15 +123,23 @@ class Disk:
     def apply(self, call: Call) -> None:
         """Follows one event of a trace."""
         self._clock += 1
+        if call.began:
+            self._begin(call)
+        if call.ended and call.result >= 0:
+            self._end(call)
+
+    def _begin(self, call: Call) -> None:
         if call.name in ("sendto", "sendmsg"):
-            if call.began:
-                self._acknowledge(call)
+            self._acknowledge(call)
         elif call.name in ("fsync", "fdatasync"):
-            if call.began:
-                self._syncing[call.thread] = self._clock
-            if call.ended and call.result == 0:
-                self._sync(call.number(0), self._syncing[call.thread])
-        elif call.ended and call.result >= 0:
+            self._syncing[call.thread] = self._clock
+        elif call.name == "close":  # another thread may be given the number before the call ends
+            self._open.pop(call.number(0), None)
+
+    def _end(self, call: Call) -> None:
+        if call.name in ("fsync", "fdatasync"):
+            self._sync(call.number(0), self._syncing[call.thread])
+        elif call.name not in ("sendto", "sendmsg", "close"):
             action = getattr(self, f"_{call.name}", None)
             if action is not None:
                 action(call)
@@ -191,9 +199,6 @@ class Disk:
             self._in_file(one, lambda data: data.clear())
         self._open[call.result] = one, call.text(1).decode()
         self._at[call.result] = 0
-
-    def _close(self, call: Call) -> None:
-        self._open.pop(call.number(0), None)
 
     def _lseek(self, call: Call) -> None:
         self._at[call.number(0)] = call.result
