@@ -14,6 +14,7 @@ from pathlib import Path
 from pydicom.uid import UID
 from pynetdicom import sop_class
 
+from edge.config import RoomSection
 from edge.forward import fetch, peer
 from edge.forward.store import EXPLICIT, IMPLICIT
 from edge.intake import commitment, door, pdu, services
@@ -217,6 +218,15 @@ def _answers() -> list[str]:
         f"N-ACTION names 1 to {commitment.REFERENCES_LIMIT} instances. The report comes on the same "
         "association at once;",
         "when it ends unanswered, on a new one (4.2.1.2).",
+        "",
+        "The commitment is for a time (PS3.4 J.1.1): an instance that a report calls safe stays, bit for bit, for",
+        f"`room.retention_days` ({RoomSection().retention_days:g} days unless configured) after the latest such report,",
+        "however full the disk is. It is deleted after that, and only when it was read, its results were delivered and it was forwarded wherever a",
+        "rule says so; what cannot be read or is in identity conflict stays until a person lets it go. Meanwhile it is",
+        "retrieved by WADO-RS, at once; there is no query/retrieve provider. The spool holds `room.spool_limit_bytes`;",
+        f"new instances are refused when it is full (4.2.1.4), new associations above {services.FULL:.0%} of it. The",
+        "node is no archive: an SCU that deletes its copy after the report must have sent it to one. Storage Media",
+        "File-Set and Retrieve AE Title are not used.",
         "",
         *_rows(("N-ACTION status", "meaning"), ((f"{status:04X}", what) for status, what in COMMITMENT.items())),
         *_rows(("failure reason", "meaning"), ((f"{reason:04X}", what) for reason, what in REASONS.items())),
