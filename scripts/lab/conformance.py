@@ -223,7 +223,7 @@ def _answers() -> list[str]:
         f"for `room.retention_days` ({RoomSection().retention_days:g} days unless configured) after the latest such",
         "report, however full the disk is. It is deleted after that, and only when it was read, its results were",
         "delivered and it was forwarded wherever a rule says so; what cannot be read or is in identity conflict stays",
-        "until a person lets it go. Meanwhile it is retrieved by WADO-RS, at once; there is no query/retrieve provider.",
+        "until a person lets it go. Meanwhile it is retrieved by WADO-RS, at once; no C-FIND or C-MOVE is provided.",
         "The spool holds `room.spool_limit_bytes`; new instances are refused when it is full (4.2.1.4), new",
         f"associations above {services.FULL:.0%} of it. The node is no archive: an SCU that deletes its copy after the",
         "report must have sent it to one. Storage Media File-Set and Retrieve AE Title are not used.",
