@@ -25,6 +25,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from edge.intake.index import Visit
 from edge.intake.part import Arriving, Part, RefusedError
 from edge.intake.spool import Spool
 from edge.intake.status import STATUS, Outcome
@@ -114,15 +115,16 @@ class Handover:
             threading.Thread(target=self._converse, args=(connection,), name="handover", daemon=True).start()
 
     def _converse(self, connection: socket.socket) -> None:
-        associations: set[str] = set()
+        visits: dict[str, Visit] = {}
         connection.settimeout(IDLE_S)
         with self._lock:
             self._open.add(connection)
         try:
             while (arriving := _read_begin(connection)) is not None:
-                associations.add(arriving.association)
-                answer = self._take(connection, arriving)
+                visit = visits.setdefault(arriving.association, Visit(arriving.calling_ae, arriving.address))
+                answer = self._take(connection, arriving, visit)
                 if answer.stored:
+                    visit.objects += 1
                     self._nudge()
                 _send(connection, b"A", msgspec.msgpack.encode(answer))
         except (OSError, PeerError) as exc:
@@ -132,14 +134,15 @@ class Handover:
                 self._open.discard(connection)
             connection.close()
             self._places.release()
-            self._ended(associations)
+            self._ended(visits)
 
-    def _take(self, connection: socket.socket, arriving: Arriving) -> Answer:
+    def _take(self, connection: socket.socket, arriving: Arriving, visit: Visit) -> Answer:
         """Reads one object to its end and returns its one answer; what is refused is read and dropped."""
         answer = self._not_negotiable(arriving)
         part: Part | None = None
         try:
             while (piece := _read_piece(connection)) is not None:
+                visit.bytes += len(piece)
                 if answer is not None:
                     continue
                 try:
@@ -181,10 +184,10 @@ class Handover:
         self._spool.count(outcome)
         return Answer(STATUS[outcome], outcome.value, exc.message)
 
-    def _ended(self, associations: set[str]) -> None:
-        for association in associations - {""}:
+    def _ended(self, visits: dict[str, Visit]) -> None:
+        for association, visit in visits.items():
             try:
-                self._spool.association_ended(association)
+                self._spool.association_ended(association, visit)
             except RadfleetError as exc:  # only a hint is lost: quiet time completes the series
                 get_logger().warning("intake.hint_lost", error=exc.message)
         self._nudge()

@@ -94,6 +94,8 @@ def test_objects_are_stored_byte_for_byte_with_who_sent_them(node: DicomWebNode,
     assert node.nudges >= 4  # an object each, and the end
     (ended,) = node.spool.index.rows("SELECT id FROM associations")
     assert ended["id"] == rows[0]["association"]
+    (peer,) = node.spool.index.rows("SELECT ae_title, address, objects, bytes FROM peers")
+    assert tuple(peer) == ("STOW-RS", "127.0.0.1", 3, sum(len(encoded(one)) for one in items))
 
 
 def test_the_same_object_again_is_success_and_one_object(node: DicomWebNode, client: httpx.Client) -> None:
