@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from pydicom.dataset import FileDataset
+from pydicom.dataset import Dataset, FileDataset
+from pynetdicom.sop_class import StorageCommitmentPushModel
 
+from edge.intake.commitment import WELL_KNOWN_INSTANCE
 from edge.intake.part import Arriving
 from edge.intake.status import Outcome
 from edge.results.store import Store
 from scripts.lab.door import door_process
-from tests.simulators.modality import EXPLICIT, encoded, phantom_study, storescu, write_files
+from tests.simulators.modality import EXPLICIT, associate, encoded, phantom_study, storescu, write_files
 from tests.simulators.node import make_spool
 from tests.simulators.power_cut import Call, Disk, cuts, lay_out, read_trace, traced
 
@@ -182,6 +184,33 @@ def test_an_object_that_a_killed_door_had_only_renamed_is_synced_before_it_is_ac
         lay_out(disk.survivors(), left := tmp_path / f"left{number}")
         assert lost(left, disk.acknowledged) == []
     assert disk.acknowledged == [str(ITEMS[0].SOPInstanceUID)]
+
+
+def test_a_request_for_commitment_that_was_taken_is_known_after_a_cut(tmp_path: Path) -> None:
+    trace, state = tmp_path / "trace", tmp_path / "state"
+    state.mkdir()
+    with door_process(state, before=traced(trace)) as door:
+        assert storescu(door.port, write_files(tmp_path / "send", ITEMS[:2])).returncode == 0
+        association = associate(door.port, [(str(StorageCommitmentPushModel), EXPLICIT)])
+        for number in range(3):
+            asked = Dataset()
+            asked.TransactionUID = f"1.2.3.{number + 1}"
+            one = Dataset()
+            one.ReferencedSOPClassUID, one.ReferencedSOPInstanceUID = ITEMS[0].SOPClassUID, ITEMS[0].SOPInstanceUID
+            asked.ReferencedSOPSequence = [one]
+            status, _ = association.send_n_action(asked, 1, StorageCommitmentPushModel, WELL_KNOWN_INSTANCE)
+            assert status.Status == 0
+        association.release()
+    disk = Disk(state)
+    for number in cuts(disk, read_trace(trace)):
+        lay_out(disk.survivors(), left := tmp_path / str(number))
+        spool = make_spool(left)
+        rows = spool.index.rows("SELECT transaction_uid FROM commitments")
+        promised = spool.index.rows("SELECT 1 FROM objects WHERE committed_at IS NOT NULL")
+        spool.close()
+        assert len(rows) >= disk.committed
+        assert len(promised) >= bool(disk.committed)
+    assert disk.committed == 3
 
 
 def test_the_replay_ends_where_the_real_folder_is(recorded: Recorded) -> None:

@@ -107,6 +107,7 @@ class Disk:
         self.root = root
         self.top = Folder()
         self.acknowledged: list[str] = []  # SOP Instance UIDs answered with Success, in order
+        self.committed = 0  # requests for storage commitment answered with Success
         self.epoch = 0  # rises with everything that changes what a cut leaves, or what was promised
         self._ignoring = ignoring
         self._clock = 0
@@ -290,9 +291,11 @@ class Disk:
             if kind == pdu.P_DATA:
                 for _, control, fragment in pdu.values(data[6 : 6 + length]):
                     command = pdu.parse_command(bytes(fragment)) if control == 3 else pdu.Command({})
-                    if command.number(pdu.FIELD) == pdu.C_STORE_RQ | pdu.RESPONSE and command.number(pdu.STATUS) == 0:
+                    success = command.number(pdu.STATUS) == 0
+                    if success and command.number(pdu.FIELD) == pdu.C_STORE_RQ | pdu.RESPONSE:
                         self.acknowledged.append(command.uid(pdu.AFFECTED_INSTANCE))
-                        self.epoch += 1
+                    self.committed += success and command.number(pdu.FIELD) == pdu.N_ACTION_RQ | pdu.RESPONSE
+                    self.epoch += success
             data = data[6 + length :]
 
 
