@@ -45,7 +45,7 @@ def measure() -> list[Row]:
     data = data_folder()
     if data is None or not (data / "dicom").is_dir():
         return []
-    items = corpus(data)
+    items, commit = corpus(data), intake_commit()
     parts, rows = [], []
     for sender in ("DCMTK storescu", "Orthanc"):
         fates, reasons = _through_a_node(items, sender)
@@ -59,7 +59,7 @@ def measure() -> list[Row]:
         "*stored*: the spool holds, byte for byte, the data set that the sender put on the wire. *door*: answered\n"
         "with a failure, the same bytes are in the quarantine. *imaging*: stored, and the pipeline could not read\n"
         "it; it is on the page with its reason. No file ended a process of the node, every request was answered.\n\n"
-        f"edge/intake at {intake_commit()}, {machine()['measured'][:10]}.\n"
+        f"edge/intake at {commit}, {machine()['measured'][:10]}.\n"
     )
     RESULT.write_text(head + "".join(parts))
     return rows

@@ -23,8 +23,7 @@ RESULT = ROOT / "docs" / "kill.json"
 
 def measure(seeds: int = SEEDS) -> list[Row]:
     """Kills `seeds` doors, writes docs/kill.json, and returns its figures."""
-    doors = Doors()
-    kills = []
+    commit, doors, kills = intake_commit(), Doors(), []
     with tempfile.TemporaryDirectory(prefix="radfleet-kill-") as name:
         folder = Path(name)
         try:
@@ -36,7 +35,7 @@ def measure(seeds: int = SEEDS) -> list[Row]:
         finally:
             doors.close()
     result = {
-        "intake": intake_commit(),
+        "intake": commit,
         "seeds": seeds,
         "steps": len(every),
         "objects_of_a_sender": len(SIDES),
