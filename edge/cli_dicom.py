@@ -105,14 +105,11 @@ def send(
     with _progress() as progress, tempfile.TemporaryDirectory(prefix="radfleet-send-") as scratch:
         task = progress.add_task("sending", total=len(found))
         for batch in _batches(found):
-            kinds = [(one.sop_class, one.transfer_syntax) for one in batch]
-            with association(peer, contexts_for(kinds), ours=aet) as link:
-                for message, one in enumerate(batch, 1):
-                    said = _send_one(link, one, message, Path(scratch))
-                    counts["sent" if not said else "failed"] += 1
-                    if said:
-                        progress.console.print(f"not taken {one.path}: {said}")
-                    progress.advance(task)
+            for one, said in _send_batch(peer, batch, aet, Path(scratch)):
+                counts["failed" if said else "sent"] += 1
+                if said:
+                    progress.console.print(f"not taken {one.path}: {said}")
+                progress.advance(task)
     out.print(f"{counts['sent']} sent, {counts['failed']} not taken, {len(skipped)} skipped.")
     if counts["failed"]:
         raise PeerError(f"{counts['failed']} of {len(found)} files were not taken.", cure="The reasons stand above.")
@@ -319,6 +316,23 @@ def _batches(found: Sequence[Found]) -> Iterator[list[Found]]:
         batch.append(one)
         kinds.add(kind)
     yield batch
+
+
+def _send_batch(peer: Peer, batch: Sequence[Found], ours: str, scratch: Path) -> Iterator[tuple[Found, str]]:
+    """Yields each file with why the peer did not take it; one that ends the association is followed by a new one."""
+    contexts = contexts_for((one.sop_class, one.transfer_syntax) for one in batch)
+    left = list(batch)
+    while left:
+        with association(peer, contexts, ours=ours) as link:
+            while left:
+                one = left.pop(0)
+                try:
+                    said = _send_one(link, one, len(batch) - len(left), scratch)
+                except LinkError as exc:
+                    yield one, f"{exc.message} {exc.cure}"
+                    link.abort()
+                    break
+                yield one, said
 
 
 def _send_one(link: object, one: Found, message: int, scratch: Path) -> str:
