@@ -123,6 +123,8 @@ class Visitor:
         room, self._calling_ae, self._called_ae = self._room, request.calling_ae[:16], request.called_ae[:16]
         wrong = _wrong_address(request, room.ae_title)
         if wrong:
+            if wrong[1] == NOT_THIS_CALLED_AE:
+                self._note_caller(request)  # on installation day this is the mistake to look for
             return self._reject(*wrong)
         peer = room.allow.find(request.calling_ae, self._address)
         if peer is None:

@@ -98,6 +98,13 @@ def test_an_unknown_caller_waits_on_the_page_and_is_let_in_when_admitted(tmp_pat
         door.stop()
 
 
+def test_a_caller_with_a_wrong_called_title_shows_what_it_called(door: Door, spool: Spool) -> None:
+    command = ["echoscu", "-aet", "MODALITY", "-aec", "RADFLET", "127.0.0.1", str(door.port)]
+    assert subprocess.run(command, capture_output=True, timeout=30, check=False).returncode != 0
+    (caller,) = spool.index.rows("SELECT * FROM callers")
+    assert (caller["ae_title"], caller["called_ae"]) == ("MODALITY", "RADFLET")
+
+
 def test_attack_a_flood_of_titles_does_not_grow_the_inbox(tmp_path: Path) -> None:
     index = Index(tmp_path / "intake.sqlite")
     for number in range(CALLERS_KEPT + 50):

@@ -18,6 +18,7 @@ from edge.forward import reading
 from edge.forward.peer import Peer
 from edge.forward.rules import Rule
 from edge.forward.schedule import BACKOFF_CAP_S, CUT_AFTER, DEAD_AFTER, Breaker, delay, judge
+from edge.forward.store import contexts_for
 from scripts.lab.child import Child, free_port, listens
 from scripts.lab.parts import Orthanc, start_orthanc
 from tests.simulators.forwarding import ForwardingNode, peer_of, radiographs, receive
@@ -385,3 +386,10 @@ def test_requests_are_taken_once_and_a_damaged_one_is_left_out(tmp_path: Path) -
     (tmp_path / "requests" / "0.json").write_text("{")
     assert list(requests.take()) == [reading.Request("ann", "retry", [1, 2])]
     assert list(requests.take()) == []
+
+
+def test_what_is_no_uid_is_not_proposed_and_holds_up_no_association() -> None:
+    proposed = contexts_for(
+        [("1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.1.2.1"), ("../x", "1.2.840.10008.1.2.1"), ("1.2.3", "not a uid")]
+    )
+    assert {str(one.abstract_syntax) for one in proposed} == {"1.2.840.10008.5.1.4.1.1.7"}
