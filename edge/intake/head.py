@@ -38,7 +38,20 @@ _PIXELS = frozenset({0x7FE00008, 0x7FE00009, 0x7FE00010})
 _UNDEFINED = 0xFFFFFFFF
 _DEFER_BYTES = 4096  # longer values are skipped, never read
 _INFLATED_KEPT_BYTES = 4 * 1024 * 1024  # of a deflated data set only the beginning is looked at
+READS_LIMIT = 2_000_000  # of a walk: a million elements, a few seconds
 INFLATED_LIMIT_BYTES = 512 * 1024 * 1024  # a deflate bomb is given up here
+
+
+class _Walked(mmap.mmap):
+    """A file's bytes that are not read for ever: a data set may be nothing but millions of empty elements."""
+
+    reads = 0
+
+    def read(self, n: int | None = None) -> bytes:
+        self.reads += 1
+        if self.reads > READS_LIMIT:
+            raise OverflowError("the data set has too many elements")
+        return super().read(n)
 
 
 class CutError(PeerError):
@@ -66,8 +79,8 @@ def valid_uid(text: str) -> bool:
 def read_head(path: Path, offset: int, transfer_syntax: str) -> DatasetHead:
     """Returns the head of the data set that starts at `offset` (bytes) of a file, having walked to its end.
 
-    Values longer than 4 KiB are skipped by seeking; reads are bounded by the file. A data set that cannot
-    be walked for another reason than being cut is not refused here: its head carries the fault, and
+    Values longer than 4 KiB are skipped by seeking; reads are bounded by the file and by READS_LIMIT. A data set
+    that cannot be walked for another reason than being cut is not refused here: its head carries the fault, and
     imaging quarantines it.
 
     Raises:
@@ -76,7 +89,7 @@ def read_head(path: Path, offset: int, transfer_syntax: str) -> DatasetHead:
     with path.open("rb") as file:
         if path.stat().st_size <= offset:
             raise CutError("The data set is empty.")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        with _Walked(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             if transfer_syntax == DEFLATED:
                 beginning, fault = _inflate(view, offset)
                 head = _walk(beginning, 0, transfer_syntax, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
+import struct
 import threading
 from pathlib import Path
 
@@ -282,3 +283,21 @@ def test_attack_the_same_bytes_under_another_name_are_no_duplicate(tmp_path: Pat
     with pytest.raises(RefusedError, match="under others"):
         spool.store(arriving("1.2.3.6"), [encoded(nameless)])
     assert len(files(spool)) == 2
+
+
+def test_attack_a_data_set_of_endless_elements_is_kept_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge.intake.head.READS_LIMIT", 2000)
+    spool = make_spool(tmp_path)
+    endless = b"".join(struct.pack("<HH2sH", 0x7001, 0x1000 + n, b"UN", 0) + bytes(4) for n in range(3000))
+    items = struct.pack("<HHI", 0xFFFE, 0xE000, 0) * 3000
+    sequence = struct.pack("<HH2sHI", 0x7001, 0x1000, b"SQ", 0, 0xFFFFFFFF) + items
+    for number, tail in enumerate((endless, sequence)):
+        item = phantom_study("chest-xray", 0, seed=1)[0]
+        item.SOPInstanceUID = f"1.2.3.{number}"
+        data = encoded(item)
+        data = data[: data.index(struct.pack("<HH", 0x7FE0, 0x0010))] + tail
+        assert spool.store(arriving(f"1.2.3.{number}"), [data]) is Outcome.STORED
+    assert [row["fault"] for row in rows(tmp_path)] == ["OverflowError: the data set has too many elements"] * 2
+    assert {row["study"] for row in rows(tmp_path)} == {ITEM.StudyInstanceUID}

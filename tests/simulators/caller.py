@@ -181,14 +181,14 @@ class Bystander:
         self._stop.set()
         self._thread.join(60)
         self._association.release()
-        assert self._failures == []
+        assert self._failures == [], self._failures
 
     def more(self, rounds: int = 2) -> None:
         """Waits until it got something done."""
         end, start = time.monotonic() + 30, self.rounds
         while self.rounds < start + rounds:
             assert time.monotonic() < end, "a bystander is held up"
-            assert self._failures == []
+            assert self._failures == [], self._failures
             time.sleep(0.01)
 
     def _run(self) -> None:
