@@ -52,14 +52,6 @@ def failing(door: DoorProcess, call: str, error: str, when: str, *, thread: int 
         tracer.wait(10)
 
 
-def store(one: Caller, instance: str, data: bytes) -> int:
-    """Sends one object and returns the status of its one answer."""
-    one.say(caller.pdu(DATA, caller.value(1, 3, caller.store(instance))))
-    for at in range(0, len(data), 16000):
-        one.say(caller.pdu(DATA, caller.value(1, 2 if at + 16000 >= len(data) else 0, data[at : at + 16000])))
-    return one.status()
-
-
 def echoes(one: Caller) -> bool:
     one.say(caller.pdu(DATA, caller.value(3, 3, caller.echo())))
     return one.status() == 0
@@ -100,10 +92,10 @@ def test_a_system_call_that_fails_is_answered_and_over_when_it_works_again(
     with Caller(door.port) as one:
         one.associate()
         with failing(door, call, error, when):
-            answered = store(one, instance, data)
+            answered = caller.send(one, instance, data)
             assert answered == status
             assert echoes(one)
-        assert store(one, instance, data) == 0
+        assert caller.send(one, instance, data) == 0
         assert echoes(one)
     assert len(list(spool.glob("*.dcm"))) == before + 1
     database = sqlite3.connect(door.state / "intake.sqlite")
@@ -114,7 +106,7 @@ def test_a_system_call_that_fails_is_answered_and_over_when_it_works_again(
 
 
 def test_somebody_else_is_not_concerned(door: DoorProcess) -> None:
-    other = Bystander(door.port, door.state / "spool")
+    other = Bystander(door.port)
     try:
         other.more()
         threads = door.threads()
@@ -125,9 +117,9 @@ def test_somebody_else_is_not_concerned(door: DoorProcess) -> None:
             item.SOPClassUID, item.SOPInstanceUID = CT, "1.2.840.98"
             with failing(door, "write,rename,openat", "EROFS", "1+", thread=mine):
                 for _ in range(3):
-                    assert store(one, "1.2.840.98", encoded(item)) == FAULT
+                    assert caller.send(one, "1.2.840.98", encoded(item)) == FAULT
                     other.more(1)
-            assert store(one, "1.2.840.98", encoded(item)) == 0
+            assert caller.send(one, "1.2.840.98", encoded(item)) == 0
     finally:
         other.stop()
 

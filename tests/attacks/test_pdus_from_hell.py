@@ -64,7 +64,7 @@ def hell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hell]:
     with door_process(
         folder / "state", "--artim-s", str(ARTIM_S), "--idle-s", str(IDLE_S), "--tls", str(folder)
     ) as door:
-        bystander = Bystander(door.port, folder / "state" / "spool")
+        bystander = Bystander(door.port)
         try:
             bystander.more()
             yield Hell(door, bystander, door.memory_mb())

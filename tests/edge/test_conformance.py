@@ -108,13 +108,6 @@ def test_the_first_claimed_transfer_syntax_of_several_is_taken(port: int) -> Non
         assert caller.item(0x40, syntaxes[0].encode()) in body
 
 
-def store(one: Caller, instance: str, data: bytes, sop_class: str = CT) -> int:
-    one.say(caller.pdu(DATA, caller.value(1, 3, caller.store(instance, sop_class=sop_class))))
-    for at in range(0, max(1, len(data)), 16000):
-        one.say(caller.pdu(DATA, caller.value(1, 2 if at + 16000 >= len(data) else 0, data[at : at + 16000])))
-    return one.status()
-
-
 def test_every_claimed_status_of_a_c_store_is_provoked(
     spool: Spool, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,19 +132,19 @@ def test_every_claimed_status_of_a_c_store_is_provoked(
                 return send()
 
         provoked = {
-            "stored": store(one, uid, data),
-            "duplicate": store(one, uid, data),
-            "conflict": store(one, uid, other),
-            "identity_conflict": store(one, uid, pixels),
-            "no_room": patched(spool_module, "_FREE_RESERVE_BYTES", 1 << 60, lambda: store(one, "1.2.3.9", late)),
-            "mismatch": store(one, "1.2.3.4", data),
-            "cut": store(one, uid, data[:-3]),
-            "bad_uid": store(one, "1..2", data),
-            "fault": patched(Index, "add", failing, lambda: store(one, "1.2.3.9", late)),
+            "stored": caller.send(one, uid, data),
+            "duplicate": caller.send(one, uid, data),
+            "conflict": caller.send(one, uid, other),
+            "identity_conflict": caller.send(one, uid, pixels),
+            "no_room": patched(spool_module, "_FREE_RESERVE_BYTES", 1 << 60, lambda: caller.send(one, "1.2.3.9", late)),
+            "mismatch": caller.send(one, "1.2.3.4", data),
+            "cut": caller.send(one, uid, data[:-3]),
+            "bad_uid": caller.send(one, "1..2", data),
+            "fault": patched(Index, "add", failing, lambda: caller.send(one, "1.2.3.9", late)),
         }
         one.say(caller.pdu(DATA, caller.value(1, 3, caller.command(field=0x0020, id=1, class_=CT, data=0x0101))))
         assert f"get {one.status():04X} (Unrecognized" in TEXT
-        assert store(one, "1.2.3.9", late) == 0
+        assert caller.send(one, "1.2.3.9", late) == 0
     assert {name: f"{status:04X}" for name, status in provoked.items()} == {
         name: status for name, status, _ in table("outcome", "status", "meaning")
     }
@@ -191,7 +184,7 @@ def test_every_claimed_status_and_reason_of_a_commitment_is_provoked(
     item = phantom_study("chest-ct", 0, seed=1, slices=1)[0]
     with Caller(port) as one:
         one.associate()
-        assert store(one, str(item.SOPInstanceUID), encoded(item)) == 0
+        assert caller.send(one, str(item.SOPInstanceUID), encoded(item)) == 0
     reported: list[Dataset] = []
     association = associate(port, [(str(StorageCommitmentPushModel), EXPLICIT)])
 

@@ -11,9 +11,8 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from pathlib import Path
 
-from tests.simulators.modality import EXPLICIT, associate, encoded, phantom_study, send_raw
+from tests.simulators.modality import EXPLICIT, encoded, phantom_study
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 VERIFICATION = "1.2.840.10008.1.1"
@@ -164,10 +163,9 @@ class Caller:
 class Bystander:
     """Somebody who stores and echoes on one association while others misbehave."""
 
-    def __init__(self, port: int, spool: Path) -> None:
-        self._spool = spool
-        self._association = associate(port, [(CT, EXPLICIT), (VERIFICATION, EXPLICIT)])
-        assert self._association.is_established
+    def __init__(self, port: int) -> None:
+        self._caller = Caller(port)
+        self._caller.associate()
         self._item = phantom_study("chest-ct", 0, seed=9, slices=1)[0]
         self._stop = threading.Event()
         self._failures: list[str] = []
@@ -180,7 +178,7 @@ class Bystander:
         """Ends, and fails when anything went wrong meanwhile."""
         self._stop.set()
         self._thread.join(60)
-        self._association.release()
+        self._caller.sock.close()
         assert self._failures == [], self._failures
 
     def more(self, rounds: int = 2) -> None:
@@ -195,15 +193,23 @@ class Bystander:
         while not self._stop.wait(0.05):
             self._item.SOPInstanceUID = f"1.2.3.{id(self)}.{self.rounds + 1}"
             began = time.monotonic()
-            data = encoded(self._item)
             try:
-                status = send_raw(self._association, CT, str(self._item.SOPInstanceUID), EXPLICIT, data)
-                echoed = self._association.send_c_echo()
+                stored = send(self._caller, str(self._item.SOPInstanceUID), encoded(self._item))
+                self._caller.say(pdu(DATA, value(3, 3, echo())))
+                echoed = self._caller.status()
             except Exception as exc:  # noqa: BLE001 told by `stop`
                 self._failures.append(repr(exc))
                 return
-            if status != 0 or echoed.get("Status", -1) != 0:
-                self._failures.append(f"store {status:#x}, echo {echoed}")
+            if stored or echoed:
+                self._failures.append(f"store {stored:#x}, echo {echoed:#x}")
                 return
             self.longest_s = max(self.longest_s, time.monotonic() - began)
             self.rounds += 1
+
+
+def send(one: Caller, instance: str, data: bytes, sop_class: str = CT) -> int:
+    """Sends one object on context 1 and returns the status of its answer."""
+    one.say(pdu(DATA, value(1, 3, store(instance, sop_class=sop_class))))
+    for at in range(0, max(1, len(data)), 16000):
+        one.say(pdu(DATA, value(1, 2 if at + 16000 >= len(data) else 0, data[at : at + 16000])))
+    return one.status()
