@@ -22,7 +22,7 @@ from edge.config import EdgeConfig
 from edge.identity import read_identity
 from edge.nudge import Ear, nudge
 from shared.clock import SystemClock
-from shared.errors import ConfigError
+from shared.errors import ConfigError, StateError
 from shared.files import atomic_write, read_limited
 from shared.supervise import Job, Supervisor, announce, fix_ports, python_module
 
@@ -120,7 +120,7 @@ def run_intake(config: EdgeConfig, stop: threading.Event) -> None:
         spool,
         ae_title=dicom.ae_title,
         host=dicom.host,
-        port=chosen["dicom"],
+        port=None if dicom.tls and dicom.tls.only else chosen["dicom"],
         allow=allow,
         nudge=lambda: nudge(config.run_folder / "pipeline.sock"),
         clock=clock,
@@ -147,12 +147,16 @@ def run_intake(config: EdgeConfig, stop: threading.Event) -> None:
     reports.start()
     keeper.start()
     announce(config.run_folder, "intake", ae_title=config.dicom.ae_title, port=door.port)
-    stop.wait()
+    while door.alive() and not stop.wait(POLL_S):
+        pass
+    ended = not stop.is_set()
     handover.stop()
     door.stop()
     reports.stop()
     keeper.stop()
     spool.close()
+    if ended:
+        raise StateError("The DICOM door ended by itself.", cure="Its log says why; the supervisor starts it again.")
 
 
 def allow_list(config: EdgeConfig) -> AllowList:

@@ -43,6 +43,7 @@ class TlsSection(Section):
     profile: Literal["bcp195", "non-downgrading"] = Field(
         default="bcp195", description='"bcp195" or "non-downgrading".'
     )
+    only: bool = Field(default=True, description="true closes the plain port.")
 
 
 class DicomSection(Section):
@@ -228,13 +229,19 @@ def load_config(path: Path) -> EdgeConfig:
     """
     config = read_settings(path, EdgeConfig)
     home = path.resolve().parent
-    web = config.web
+    web, tls = config.web, config.dicom.tls
+    if tls:
+        paths = {name: home / getattr(tls, name) for name in ("certificate", "key", "ca")}
+        dicom = config.dicom.model_copy(update={"tls": tls.model_copy(update=paths)})
+    else:
+        dicom = config.dicom
     return config.model_copy(
         update={
             "destination": [
                 one.model_copy(update={name: home / path for name in _PEM if (path := getattr(one, name))})
                 for one in config.destination
             ],
+            "dicom": dicom,
             "node": config.node.model_copy(update={"state": home / config.node.state}),
             "web": web.model_copy(
                 update={
@@ -268,6 +275,7 @@ private_classes = []         # storage SOP class UIDs that no standard names
 # key = "door.key"
 # ca = "modalities.pem"
 # profile = "bcp195"         # or "non-downgrading"
+# only = true                # false keeps the plain port open as well
 
 # [pacs]                     # where reports and evidence images are sent; without it they stay on the node
 # ae_title = "PACS"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 
 def nudge(path: Path) -> None:
-    """Wakes whoever listens at `path`; says nothing when nobody does."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+    """Wakes whoever listens at `path`; says nothing when nobody does, or when there is no descriptor left."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.setblocking(False)
-        with contextlib.suppress(OSError), short_name(path) as name:
+        with short_name(path) as name:
             sender.sendto(b"!", name)
 
 

@@ -29,7 +29,9 @@ from shared.errors import LinkError, PeerError, RadfleetError
 from shared.log import get_logger
 
 WELL_KNOWN_INSTANCE = "1.2.840.10008.1.20.1.1"  # Storage Commitment Push Model SOP Instance (PS3.4 J.3.5)
-REFERENCES_LIMIT = 20_000
+REFERENCES_LIMIT = 20_000  # of one request
+WAITING_LIMIT = 100  # requests of one peer whose report was not taken yet
+KEPT_S = 7 * 86400.0  # how long an ended request stays on record
 RETRY_BASE_S = 30.0
 RETRY_CAP_S = 3600.0
 MAX_TRIES = 20
@@ -37,6 +39,7 @@ MAX_TRIES = 20
 # PS3.4 table J.3-1 and PS3.3 C.14.1.1: failure reasons
 NO_SUCH_INSTANCE = 0x0112
 CLASS_CONFLICT = 0x0119
+RESOURCE_LIMITATION = 0x0213  # PS3.7 annex C.5.19
 SUCCESS, NO_SUCH_ACTION, INVALID_ARGUMENT, PROCESSING_FAILURE, NO_SUCH_OBJECT = 0x0000, 0x0123, 0x0115, 0x0110, 0x0112
 ALL_SAFE, SOME_FAILED = 1, 2  # event types
 
@@ -133,6 +136,8 @@ class Commitments:
             return NO_SUCH_ACTION, []
         try:
             asked = read_request(data, transfer_syntax)
+            if self._waiting(calling_ae) >= WAITING_LIMIT:
+                return RESOURCE_LIMITATION, []
             report = self._record(asked, calling_ae, address)
         except PeerError as exc:
             get_logger().warning("intake.commitment_refused", reason=exc.message)
@@ -163,7 +168,7 @@ class Commitments:
             self.mark(*oldest, "taken")
 
     def association_over(self, association: str) -> None:
-        """What was not answered on this association goes out on a new one, now."""
+        """What was not answered on this association goes out on a new one, now; StateError when the index failed."""
         with self._lock:
             unanswered = self._sent.pop(association, [])
         if unanswered:
@@ -191,7 +196,7 @@ class Commitments:
         """Ends a request: its report was taken, or given up."""
         with self._spool.index.durable() as db:
             db.execute(
-                "UPDATE commitments SET state = ? WHERE transaction_uid = ? AND ae_title = ?",
+                "UPDATE commitments SET state = ?, asked = '' WHERE transaction_uid = ? AND ae_title = ?",
                 (state, transaction, ae_title),
             )
 
@@ -201,17 +206,22 @@ class Commitments:
         state = "waiting" if due.tries + 1 < MAX_TRIES else "given up"
         with self._spool.index.durable() as db:
             db.execute(
-                "UPDATE commitments SET tries = ?, next_at = ?, last_error = ?, state = ?"
-                " WHERE transaction_uid = ? AND ae_title = ?",
+                "UPDATE commitments SET tries = ?, next_at = ?, last_error = ?, state = ?,"
+                " asked = CASE WHEN ? = 'waiting' THEN asked ELSE '' END WHERE transaction_uid = ? AND ae_title = ?",
                 (
                     due.tries + 1,
                     self._clock.now().timestamp() + wait,
                     error[:300],
                     state,
+                    state,
                     due.report.transaction,
                     due.ae_title,
                 ),
             )
+
+    def _waiting(self, calling_ae: str) -> int:
+        question = "SELECT COUNT(*) FROM commitments WHERE ae_title = ? AND state = 'waiting'"
+        return int(self._spool.index.rows(question, calling_ae)[0][0])
 
     def _record(self, asked: Asked, calling_ae: str, address: str) -> Report:
         now = self._clock.now().timestamp()
@@ -221,7 +231,7 @@ class Commitments:
                 "INSERT OR REPLACE INTO commitments VALUES (?, ?, ?, ?, ?, 'waiting', 0, ?, '')",
                 (asked.transaction, calling_ae, address, json.dumps(asked.references), now, now + RETRY_BASE_S),
             )
-            db.execute("DELETE FROM commitments WHERE state <> 'waiting' AND asked_at < ?", (now - 30 * 86400,))
+            db.execute("DELETE FROM commitments WHERE state <> 'waiting' AND asked_at < ?", (now - KEPT_S,))
         return report
 
     def _promise(self, asked: Asked) -> Report:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from edge.intake.association import Association
 from edge.intake.commitment import Commitments
-from edge.intake.peers import MAX_ASSOCIATIONS, AllowList
+from edge.intake.peers import MAX_ASSOCIATIONS, AllowList, plain_address
 from edge.intake.services import Room, Visitor
 from edge.intake.spool import Spool
 from edge.intake.syntaxes import storage_classes, transfer_syntaxes
@@ -97,6 +97,10 @@ class Door:
         """The storage commitments that were asked for here."""
         return self._room.commitments
 
+    def alive(self) -> bool:
+        """Tells whether the door still listens; a loop that ended takes the process with it."""
+        return self._loop is not None and self._loop.is_alive()
+
     def counts(self) -> dict[str, int]:
         """Returns associations, rejections and outcomes since this process started, by name."""
         return self._room.counts()
@@ -164,7 +168,7 @@ class Door:
             get_logger().warning("intake.accept_failed", error=type(exc).__name__)
             return
         sock.setblocking(False)
-        host = str(address[0])
+        host = plain_address(str(address[0]))
         mine = [one for one, (_, where) in self._silent.items() if where == host]
         if len(mine) >= SILENT_OF_ONE_ADDRESS:
             self._drop(mine[0], "crowded")
@@ -191,7 +195,14 @@ class Door:
             elif len(self._speaking) >= SPEAKING_CONNECTIONS:
                 self._cut(next(iter(self._speaking)))
             self._speaking[thread] = sock, host
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as exc:  # no thread left: this connection goes, the door stays
+            get_logger().error("intake.no_thread", error=str(exc))
+            with self._lock:
+                self._speaking.pop(thread, None)
+            sock.close()
+            self._room.count("crowded")
 
     def _cut(self, thread: threading.Thread) -> None:
         """Ends a connection that takes its time to become an association; under the lock."""

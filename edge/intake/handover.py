@@ -112,7 +112,12 @@ class Handover:
             except OSError:  # `stop` closed it
                 self._places.release()
                 return
-            threading.Thread(target=self._converse, args=(connection,), name="handover", daemon=True).start()
+            try:
+                threading.Thread(target=self._converse, args=(connection,), name="handover", daemon=True).start()
+            except RuntimeError as exc:  # no thread left: this request goes, the socket stays
+                get_logger().error("intake.no_thread", error=str(exc))
+                connection.close()
+                self._places.release()
 
     def _converse(self, connection: socket.socket) -> None:
         visits: dict[str, Visit] = {}

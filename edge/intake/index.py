@@ -20,6 +20,7 @@ from typing import Any
 from msgspec import Struct
 
 from edge.sqlite import insert, open_owned, transaction
+from shared.errors import StateError
 
 _SCHEMA_VERSION = 3
 _SCHEMA = """
@@ -122,9 +123,12 @@ class Index:
             self._db.close()
 
     def rows(self, question: str, *values: object) -> list[sqlite3.Row]:
-        """Returns the rows that a SELECT of ours gives."""
-        with self._lock:
-            return self._db.execute(question, values).fetchall()
+        """Returns the rows that a SELECT of ours gives; StateError when the file cannot be read."""
+        try:
+            with self._lock:
+                return self._db.execute(question, values).fetchall()
+        except sqlite3.Error as exc:
+            raise StateError(f"Cannot read the index of the spool: {exc}.", cure="Check the disk.") from exc
 
     def digests(self, sop_instance: str) -> list[sqlite3.Row]:
         """Returns the rows stored under a SOP Instance UID, oldest first."""

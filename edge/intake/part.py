@@ -31,6 +31,7 @@ class Arriving(Struct, frozen=True):
     association: str = ""
     called_ae: str = ""
     limit_bytes: int = OBJECT_LIMIT_BYTES  # of this object, by its sender
+    negotiated: str = ""  # the abstract syntax of the presentation context; empty where there was none
 
 
 class RefusedError(RadfleetError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import ipaddress
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from shared.log import get_logger
 
 MAX_ASSOCIATIONS = 128
 PEER_ASSOCIATIONS = 112  # no single peer takes the last sixteen
+
+
+_AE_TITLE = re.compile(r"[\x21-\x5b\x5d-\x7e]([\x20-\x5b\x5d-\x7e]{0,15})")  # PS3.5 6.2: no control, no backslash
 
 
 class Peer(Struct, frozen=True):
@@ -48,7 +52,9 @@ class AllowList:
         self._admitted = admitted
 
     def find(self, ae_title: str, address: str) -> Peer | None:
-        """Returns the entry that lets this caller in; None when there is none."""
+        """Returns the entry that lets this caller in; None when there is none, or when the title is no AE title."""
+        if not _AE_TITLE.fullmatch(ae_title):
+            return None
         for peer, network in [*self._peers, *((one, _network(one)) for one in self._admitted())]:
             if fnmatch.fnmatchcase(ae_title, peer.ae_title.strip()) and _inside(address, network):
                 return peer
@@ -107,7 +113,11 @@ def _network(peer: Peer) -> _Network | None:
 def _inside(address: str, network: _Network | None) -> bool:
     if network is None:
         return True
+    return ipaddress.ip_address(plain_address(address)) in network
+
+
+def plain_address(address: str) -> str:
+    """Returns an address without its zone; an IPv4 address that came through an IPv6 socket as what it is."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped:
-        parsed = parsed.ipv4_mapped
-    return parsed in network
+    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+    return str(mapped or parsed)

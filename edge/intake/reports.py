@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from edge.intake.commitment import Commitments, Report, send_report
+from edge.intake.commitment import Commitments, Due, Report, send_report
 from edge.intake.peers import AllowList
 from shared.clock import Clock
 from shared.errors import LinkError, RadfleetError
@@ -44,21 +44,27 @@ class Reports:
         """
         taken = 0
         for due in self._commitments.due(self._clock.now().timestamp()):
-            peer = self._allow.find(due.ae_title, due.address)
             try:
-                if peer is None or not peer.port:
-                    raise LinkError(
-                        f"Nobody knows where {due.ae_title} listens.",
-                        cure="Set port at its entry of dicom.allow.",
-                    )
-                self._send(due.report, due.ae_title, due.address, peer.port)
+                self._send_one(due)
             except LinkError as exc:
-                get_logger().warning("intake.report_failed", calling_ae=due.ae_title, tries=due.tries, error=str(exc))
-                self._commitments.failed(due, str(exc))
+                self._failed(due, str(exc))
+                continue
+            except Exception as exc:  # noqa: BLE001 one odd request must not stop the reports of all others
+                self._failed(due, f"The report could not be sent: {type(exc).__name__}.")
                 continue
             self._commitments.mark(due.report.transaction, due.ae_title, "taken")
             taken += 1
         return taken
+
+    def _send_one(self, due: Due) -> None:
+        peer = self._allow.find(due.ae_title, due.address)
+        if peer is None or not peer.port:
+            raise LinkError(f"Nobody knows where {due.ae_title} listens.", cure="Set port at its entry of dicom.allow.")
+        self._send(due.report, due.ae_title, due.address, peer.port)
+
+    def _failed(self, due: Due, error: str) -> None:
+        get_logger().warning("intake.report_failed", calling_ae=due.ae_title, tries=due.tries, error=error)
+        self._commitments.failed(due, error)
 
     def _run(self) -> None:
         while not self._stop.wait(_LOOK_S):

@@ -15,7 +15,7 @@ from edge.intake.index import Visit
 from edge.intake.meta import IMPLEMENTATION_NAME, IMPLEMENTATION_UID
 from edge.intake.part import Arriving, Part, RefusedError
 from edge.intake.pdu import Accepted, Command, Request
-from edge.intake.peers import AllowList, Peer
+from edge.intake.peers import PEER_ASSOCIATIONS, AllowList, Peer
 from edge.intake.spool import Spool
 from edge.intake.status import KEPT, STATUS, Outcome
 from edge.intake.syntaxes import STORAGE_COMMITMENT, VERIFICATION, negotiate
@@ -36,6 +36,7 @@ CONGESTED = (2, 3, 1)  # transient: temporary congestion
 # PS3.4 B.3.1: storage level 2 (everything is kept), signatures level 3 (bit preserving), nothing is coerced
 EXTENDED_ANSWER = bytes((2, 0, 3, 0, 0, 0))
 UNRECOGNIZED_OPERATION = 0x0211  # PS3.7 annex C.5.22
+_PACE_LONGEST_S = 30.0  # below what senders wait for an answer
 _SLOW_BYTES_PER_S = 100_000
 _SLOW_AFTER_S = 20.0
 _NAGLE_AFTER = 8  # messages
@@ -74,7 +75,8 @@ class Room:
         self._limit = limit
         self._lock = threading.Lock()
         self._counts: dict[str, int] = {}
-        self._open: dict[tuple[str, str], int] = {}
+        self._open: dict[tuple[str, ...], int] = {}
+        self._ready_at: dict[tuple[str, ...], float] = {}
 
     def count(self, name: str) -> None:
         """Adds one to a counter of this process."""
@@ -86,21 +88,34 @@ class Room:
         with self._lock:
             return dict(self._counts)
 
-    def enter(self, who: tuple[str, str], peer: Peer) -> bool:
-        """Takes a slot for a negotiated association; False when this peer or the door has none left."""
+    def enter(self, peer: Peer, address: str) -> bool:
+        """Takes a slot for a negotiated association; False when this entry of the allow-list, this address or the door
+        has none left. Other titles from one address do not help."""
+        limits = {_entry(peer): peer.associations, (address,): PEER_ASSOCIATIONS, (): self._limit}
         with self._lock:
-            mine = self._open.get(who, 0)
-            if mine >= peer.associations or sum(self._open.values()) >= self._limit:
+            if any(self._open.get(who, 0) >= limit for who, limit in limits.items()):
                 return False
-            self._open[who] = mine + 1
+            for who in limits:
+                self._open[who] = self._open.get(who, 0) + 1
             return True
 
-    def leave(self, who: tuple[str, str]) -> None:
+    def leave(self, peer: Peer, address: str) -> None:
         """Gives the slot back."""
         with self._lock:
-            self._open[who] -= 1
-            if not self._open[who]:
-                del self._open[who]
+            for who in (_entry(peer), (address,), ()):
+                self._open[who] -= 1
+                if not self._open[who]:
+                    del self._open[who]
+
+    def pace(self, peer: Peer) -> float:
+        """Returns how many seconds the next object of an entry of the allow-list must wait, and takes its turn."""
+        if not peer.objects_per_second:
+            return 0.0
+        now = self.clock.monotonic()
+        with self._lock:
+            ready_at = max(now, self._ready_at.get(_entry(peer), 0.0))
+            self._ready_at[_entry(peer)] = ready_at + 1.0 / peer.objects_per_second
+        return ready_at - now
 
 
 class Visitor:
@@ -116,7 +131,6 @@ class Visitor:
         self._called_ae = ""
         self._name = secrets.token_hex(8)
         self._visit: Visit | None = None
-        self._ready_at = 0.0
 
     def negotiate(self, request: Request) -> Negotiated | tuple[int, int, int]:
         """See `Services.negotiate`."""
@@ -132,7 +146,7 @@ class Visitor:
             return self._reject("rejected", NOT_THIS_CALLING_AE)
         if room.spool.fullness() >= FULL:
             return self._reject("congested", CONGESTED)
-        if not room.enter((self._calling_ae, self._address), peer):
+        if not room.enter(peer, self._address):
             return self._reject("too_many", TOO_MANY)
         self._peer = peer
         self._visit = Visit(self._calling_ae, self._address)
@@ -173,15 +187,15 @@ class Visitor:
         self._room.count(f"ended_{how}")
         if self._peer is None or self._visit is None:
             return
-        self._room.leave((self._calling_ae, self._address))
+        self._room.leave(self._peer, self._address)
         self._visit.bytes = waits.bytes
         self._visit.note = _note(waits)
         if self._visit.note:
             get_logger().warning("intake.slow_peer", calling_ae=self._calling_ae, note=self._visit.note)
-        self._room.commitments.association_over(self._name)
         try:
+            self._room.commitments.association_over(self._name)
             self._room.spool.association_ended(self._name, self._visit)
-        except RadfleetError as exc:  # only a hint is lost: quiet time completes the series
+        except RadfleetError as exc:  # only hints are lost: quiet time completes the series, a report waits its turn
             get_logger().warning("intake.hint_lost", error=exc.message)
         self._room.nudge()
 
@@ -197,6 +211,7 @@ class Visitor:
                 address=self._address,
                 association=self._name,
                 limit_bytes=self._peer.object_limit_bytes if self._peer else 0,
+                negotiated=context.abstract_syntax,
             )
         )
 
@@ -237,13 +252,9 @@ class Visitor:
 
     def _pace(self) -> None:
         """Slows a sender that is faster than its limit: it waits for its answers, nobody else does."""
-        limit = self._peer.objects_per_second if self._peer else 0.0
-        if not limit:
-            return
-        now = self._room.clock.monotonic()
-        if now < self._ready_at:
-            threading.Event().wait(min(5.0, self._ready_at - now))
-        self._ready_at = max(now, self._ready_at) + 1.0 / limit
+        wait = self._room.pace(self._peer) if self._peer else 0.0
+        if wait > 0:
+            threading.Event().wait(min(_PACE_LONGEST_S, wait))
 
 
 class Arrival:
@@ -346,6 +357,10 @@ class Gathered:
 
     def give_up(self) -> None:
         """Nothing to give up."""
+
+
+def _entry(peer: Peer) -> tuple[str, str]:
+    return peer.ae_title, peer.address or "any"
 
 
 def _wrong_address(request: Request, ae_title: str) -> tuple[str, tuple[int, int, int]] | None:

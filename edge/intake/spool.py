@@ -193,9 +193,10 @@ class Spool:
         for path in sorted(self.folder.glob("*.dcm"), key=lambda p: p.stat().st_mtime):
             self._used_bytes += path.stat().st_size
             if path.name not in indexed:
+                if not found:
+                    self.index.rename()  # first: a crash in the middle must not leave old numbers with new objects
                 found += self._adopt(path)
         if found:
-            self.index.rename()
             get_logger().warning("intake.rebuilt", objects=found)
         return found
 
@@ -209,6 +210,9 @@ class Spool:
             raise StateError("The arriving object was given up.")
         if not valid_uid(part.arriving.sop_instance):
             raise RefusedError(Outcome.BAD_UID, "The command's SOP Instance UID is not a UID.")
+        negotiated = part.arriving.negotiated
+        if negotiated and negotiated != part.arriving.sop_class:
+            raise RefusedError(Outcome.MISMATCH, f"The context says {negotiated}, the command another class.")
         held = self._held(part.digest)
         if held is not None and _same_object(held, part.arriving):
             self.count(Outcome.DUPLICATE)

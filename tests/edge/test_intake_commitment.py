@@ -13,7 +13,14 @@ from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import StorageCommitmentPushModel  # type: ignore[attr-defined]
 
-from edge.intake.commitment import WELL_KNOWN_INSTANCE, Asked, judge, read_request
+from edge.intake.commitment import (
+    MAX_TRIES,
+    WELL_KNOWN_INSTANCE,
+    Asked,
+    Commitments,
+    judge,
+    read_request,
+)
 from edge.intake.peers import AllowList, Peer
 from edge.intake.reports import Reports, sender
 from edge.intake.spool import Spool
@@ -187,8 +194,6 @@ def later() -> HandClock:
 
 
 def test_a_report_that_was_not_taken_goes_out_on_a_new_association(spool: Spool, port: int) -> None:
-    from edge.intake.commitment import Commitments
-
     unanswered(spool, port)
     hears = Hears()
     listening = Listening(hears)
@@ -202,8 +207,6 @@ def test_a_report_that_was_not_taken_goes_out_on_a_new_association(spool: Spool,
 
 
 def test_a_peer_that_is_away_is_tried_again_and_given_up_in_the_end(spool: Spool, port: int) -> None:
-    from edge.intake.commitment import MAX_TRIES, Commitments
-
     unanswered(spool, port)
     clock = later()
     reports = make_reports(spool, Commitments(spool, clock), free_port(), clock)
@@ -219,16 +222,12 @@ def test_a_peer_that_is_away_is_tried_again_and_given_up_in_the_end(spool: Spool
 
 
 def test_a_peer_without_a_port_is_named_with_the_cure(spool: Spool, port: int) -> None:
-    from edge.intake.commitment import Commitments
-
     unanswered(spool, port)
     make_reports(spool, Commitments(spool, later()), 0, later()).step()
     assert "dicom.allow" in spool.index.rows("SELECT last_error FROM commitments")[0]["last_error"]
 
 
 def test_a_request_survives_the_end_of_the_process(spool: Spool, port: int, tmp_path: Path) -> None:
-    from edge.intake.commitment import Commitments
-
     unanswered(spool, port)
     again = make_spool(tmp_path)  # a second reader stands for the process that starts anew
     (due,) = Commitments(again, later()).due(later().now().timestamp())
@@ -262,3 +261,36 @@ def test_orthanc_as_a_modality_gets_its_commitment(tmp_path: Path) -> None:
         orthanc.child.stop()
         door.stop()
         spool.close()
+
+
+def test_attack_a_title_that_no_library_takes_does_not_stop_the_reports_of_others(spool: Spool, port: int) -> None:
+    unanswered(spool, port)
+    with spool.index.durable() as db:
+        db.execute(
+            "INSERT INTO commitments SELECT '2.25.78', 'BAD', address, asked, asked_at, state, tries, 0, ''"
+            " FROM commitments"
+        )
+    clock = later()
+    sent: list[str] = []
+
+    def send(_report: object, ae_title: str, _host: str, _port: int) -> None:
+        if ae_title == "BAD":
+            raise ValueError("no AE title")
+        sent.append(ae_title)
+
+    allow = AllowList((Peer("*", port=104),))
+    assert Reports(Commitments(spool, clock), allow, send=send, clock=clock).step() == 1
+    assert sent == ["MODALITY"]
+    rows = spool.index.rows("SELECT ae_title, state, tries, asked FROM commitments ORDER BY ae_title")
+    assert [(row["ae_title"], row["state"], row["tries"]) for row in rows] == [
+        ("BAD", "waiting", 1),
+        ("MODALITY", "taken", 0),
+    ]
+    assert rows[1]["asked"] == ""  # what is over needs no room
+
+
+def test_attack_requests_without_end_are_refused(spool: Spool, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge.intake.commitment.WAITING_LIMIT", 1)
+    unanswered(spool, port)
+    assert Hears().ask(port, request(PAIR, transaction="2.25.79")) == 0x0213
+    assert state(spool) == ["waiting"]

@@ -7,16 +7,19 @@ import sqlite3
 import subprocess
 import threading
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from pydicom.uid import UID
+from pynetdicom.dimse_primitives import C_STORE
 
 from edge.intake.association import Waits
 from edge.intake.door import Door
 from edge.intake.index import CALLERS_KEPT, Index
 from edge.intake.part import Arriving, RefusedError
-from edge.intake.peers import AllowList, Peer, admitted_callers
-from edge.intake.services import NAGLE, SLOW, _note
+from edge.intake.peers import AllowList, Peer, admitted_callers, plain_address
+from edge.intake.services import NAGLE, SLOW, Room, _note
 from edge.intake.spool import Spool
 from edge.intake.status import Outcome
 from edge.intake.tls import Tls
@@ -27,6 +30,7 @@ from shared.errors import ConfigError
 from tests.simulators.modality import EXPLICIT, associate, encoded, phantom_study, send_raw, storescu, write_files
 from tests.simulators.node import make_door, make_spool
 from tests.simulators.pki import TestAuthority
+from tests.simulators.release import HandClock
 
 ITEM = phantom_study("chest-xray", 0, seed=1)[0]
 CLASS, INSTANCE, DATA = str(ITEM.SOPClassUID), str(ITEM.SOPInstanceUID), encoded(ITEM)
@@ -328,3 +332,78 @@ def test_a_certificate_that_never_worked_is_a_config_error(tmp_path: Path) -> No
     (tmp_path / "x.pem").write_text("nothing")
     with pytest.raises(ConfigError, match="certificate"):
         Tls(tmp_path / "x.pem", tmp_path / "x.pem", tmp_path / "x.pem").context()
+
+
+@pytest.mark.parametrize("command_class", ["1.2.3.4.5", "1.2.840.10008.1.1", "", "../../x"])
+def test_attack_a_command_for_another_class_than_its_context_is_refused(
+    door: Door, spool: Spool, command_class: str
+) -> None:
+    association = associate(door.port, [(CLASS, EXPLICIT)])
+    request = C_STORE()
+    request.MessageID, request.Priority = 1, 2
+    request._affected_sop_class_uid, request.AffectedSOPInstanceUID = UID(command_class), INSTANCE
+    request.DataSet = BytesIO(DATA)
+    association._reactor_checkpoint.clear()
+    association.dimse.send_msg(request, association.accepted_contexts[0].context_id)
+    _, response = association.dimse.get_msg(block=True)
+    association.abort()
+    assert response is None or response.Status == 0xA900
+    assert list(spool.folder.iterdir()) == []
+
+
+def test_many_titles_of_one_address_share_its_slots(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge.intake.services.PEER_ASSOCIATIONS", 2)
+    door = make_door(spool, allow=(Peer("CT*"),))
+    try:
+        held = [associate(door.port, [(CLASS, EXPLICIT)], calling=f"CT{number}") for number in range(3)]
+        assert [one.is_established for one in held] == [True, True, False]
+        for one in held[:2]:
+            one.release()
+    finally:
+        door.stop()
+
+
+def test_the_rate_of_a_peer_holds_over_all_its_associations() -> None:
+    clock = HandClock()
+    room = Room(
+        spool=None,  # type: ignore[arg-type]
+        ae_title="RADFLEET",
+        allow=AllowList(()),
+        storage=frozenset(),
+        syntaxes=(),
+        nudge=lambda: None,
+        clock=clock,
+        limit=10,
+    )
+    slow = Peer("CT*", objects_per_second=2.0)
+    assert [room.pace(slow) for _ in range(3)] == [0.0, 0.5, 1.0]
+    clock.advance(10)
+    assert room.pace(slow) == 0.0
+    assert room.pace(Peer("MR")) == 0.0
+
+
+def test_an_ipv4_caller_on_an_ipv6_socket_is_shown_and_admitted_as_what_it_is() -> None:
+    assert plain_address("::ffff:10.0.0.7") == "10.0.0.7"
+    assert plain_address("fe80::1%eth0") == "fe80::1"
+    assert AllowList((Peer("CT1", "10.0.0.7"),)).find("CT1", "::ffff:10.0.0.7") is not None
+
+
+@pytest.mark.parametrize("title", ["CT\\1", "CT\ufffd", "", " CT", "A" * 17])
+def test_attack_what_is_no_ae_title_matches_no_wildcard(title: str) -> None:
+    assert AllowList((Peer("*"),)).find(title, "10.0.0.7") is None
+
+
+def test_attack_no_thread_left_costs_a_connection_and_not_the_door(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, failures = threading.Thread.start, []
+
+    def start(thread: threading.Thread) -> None:
+        if not failures:
+            failures.append(thread)
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert echo(door.port).returncode != 0
+    assert failures
+    assert echo(door.port).returncode == 0
+    assert door.alive()
