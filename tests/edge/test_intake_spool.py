@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sqlite3
 import struct
 import threading
@@ -17,6 +18,7 @@ from edge.intake.head import CutError, read_head, valid_uid
 from edge.intake.part import Arriving, Part, RefusedError
 from edge.intake.spool import Spool
 from edge.intake.status import KEPT, STATUS, Outcome
+from edge.results.store import Store
 from scripts.lab.child import wait_until
 from shared.errors import RadfleetError, RoomError, StateError
 from tests.simulators.modality import EXPLICIT, encoded, phantom_study
@@ -301,3 +303,47 @@ def test_attack_a_data_set_of_endless_elements_is_kept_and_named(
         assert spool.store(arriving(f"1.2.3.{number}"), [data]) is Outcome.STORED
     assert [row["fault"] for row in rows(tmp_path)] == ["OverflowError: the data set has too many elements"] * 2
     assert {row["study"] for row in rows(tmp_path)} == {ITEM.StudyInstanceUID}
+
+
+def worked_off(follower: Store) -> list[str]:
+    """Claims and finishes whatever there is."""
+    seen = []
+    while claimed := follower.claim(0.0):
+        seen.append(claimed.digest)
+        with follower.writing():
+            follower.finish(claimed, "skipped")
+    return seen
+
+
+def test_a_second_crash_inside_the_healing_hides_nothing_from_followers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index lost rows that a follower has seen; what gets their numbers now must be seen too."""
+    spool, other = make_spool(tmp_path / "one"), make_spool(tmp_path / "two")
+    for seed in range(4):
+        item = phantom_study("chest-xray", 0, seed=seed)[0]
+        (other if seed == 3 else spool).store(arriving(str(item.SOPInstanceUID)), [encoded(item)])
+    follower = Store(tmp_path / "results.sqlite", tmp_path / "one" / "intake.sqlite")
+    assert len(worked_off(follower)) == 3
+    (late,) = files(other)
+    spool.close()
+    with sqlite3.connect(tmp_path / "one" / "intake.sqlite") as database:
+        database.execute("DELETE FROM objects WHERE id > 1")
+        database.execute("UPDATE sqlite_sequence SET seq = 1 WHERE name = 'objects'")
+    shutil.copy(other.folder / late, spool.folder)
+    os.utime(spool.folder / late, (0, 0))  # the oldest: it is taken in first
+    real, calls = Spool._adopt, []
+
+    def dying(self: Spool, path: Path) -> bool:
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, path)
+
+    monkeypatch.setattr(Spool, "_adopt", dying)
+    with pytest.raises(KeyboardInterrupt):
+        make_spool(tmp_path / "one")
+    monkeypatch.undo()
+    make_spool(tmp_path / "one").close()
+    assert worked_off(follower) == [late.removesuffix(".dcm")]
+    follower.close()
