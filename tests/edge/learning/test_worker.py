@@ -75,7 +75,7 @@ class Node:
             shutil.copy(path, folder / "learning" / "blobs" / sha256_file(path))
         (folder / "cases").mkdir()
         CaseStore(folder / "cases" / "cases.sqlite").close()
-        db = open_owned(folder / "cases" / "cases.sqlite", "", 1)
+        db = open_owned(folder / "cases" / "cases.sqlite", "", 2)
         with transaction(db):
             for i in range(cases):
                 row = (f"{i:032x}", "chest-xray", int(DRAWN.labels[i]), int(i >= 12), 1, DRAWN.images[i].tobytes())
