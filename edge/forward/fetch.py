@@ -6,10 +6,11 @@ as a prior is kept and neither read nor a reason to fetch more.
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import date, timedelta
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,8 @@ _UIDS_A_MOVE = 100
 _TRIES = 5
 _EVERY_S = 2.0  # at most one fetch in so many seconds from one peer
 _WILDCARDS = frozenset("*?\\")
+_UID = re.compile("[0-9.]{1,64}")  # one, and no wildcard: a C-MOVE would send whatever an answer names
+_COUNT = re.compile("[0-9]{1,12}")  # an IS has at most 12 characters (PS3.5 6.2)
 
 # C-MOVE and C-FIND failures (PS3.4 tables C.4-1 and C.4-2): cause and cure.
 _FAILED: dict[int, tuple[str, str]] = {
@@ -134,10 +137,11 @@ def choose_priors(
         if (
             match.get("PatientID", "").strip() == patient
             and (not issuer or match.get("IssuerOfPatientID", "") in ("", issuer))
-            and match.get("StudyInstanceUID", "") not in ("", study)
+            and _UID.fullmatch(match.get("StudyInstanceUID", ""))
+            and match["StudyInstanceUID"] != study
             and modality in match.get("ModalitiesInStudy", "").split("\\")
             and then is not None
-            and day - timedelta(days=within_days) <= then < day
+            and _earlier(day, within_days) <= then < day
         ):
             found.append((then, match["StudyInstanceUID"]))
     return [uid for _, uid in sorted(found, reverse=True)[:count]]
@@ -200,13 +204,18 @@ class Fetcher:
             get_logger().info("forward.fetched", kind=fetch.kind, source=fetch.source, objects=moved)
         except LinkError as exc:
             self._breaker.failed(self._clock.monotonic())
-            state = "waiting" if fetch.tries + 1 < _TRIES else "dead"
-            again = now + delay(fetch.tries + 1, self._random_unit)
-            self._queue.end_fetch(fetch, state, error=exc.message, cure=exc.cure, next_at=again)
-            get_logger().warning("forward.not_fetched", kind=fetch.kind, source=fetch.source, error=exc.message)
+            self._failed(fetch, now, exc.message, exc.cure)
         except (PeerError, StateError) as exc:  # too many answers, or the object that named the patient is gone
             self._queue.end_fetch(fetch, "dead", error=exc.message, cure=exc.cure)
+        except Exception as exc:  # noqa: BLE001 what one fetch finds odd must not hold up the others for ever
+            self._failed(fetch, now, f"The fetch ended with {type(exc).__name__}.", "Report it with the log.")
         return True
+
+    def _failed(self, fetch: Fetch, now: float, error: str, cure: str) -> None:
+        state = "waiting" if fetch.tries + 1 < _TRIES else "dead"
+        again = now + delay(fetch.tries + 1, self._random_unit)
+        self._queue.end_fetch(fetch, state, error=error, cure=cure, next_at=again)
+        get_logger().warning("forward.not_fetched", kind=fetch.kind, source=fetch.source, error=error)
 
     def _priors(self, fetch: Fetch) -> int:
         rule = self._rules[fetch.rule] if fetch.rule < len(self._rules) else None
@@ -219,7 +228,7 @@ class Fetcher:
             "PatientID": "".join("?" if letter in _WILDCARDS else letter for letter in patient),
             "IssuerOfPatientID": "",
             "StudyInstanceUID": "",
-            "StudyDate": f"{day - timedelta(days=rule.within_days):%Y%m%d}-{before}",
+            "StudyDate": f"{_earlier(day, rule.within_days):%Y%m%d}-{before}",
             "ModalitiesInStudy": fetch.modality,
             "NumberOfStudyRelatedInstances": "",
         }
@@ -234,9 +243,11 @@ class Fetcher:
             count=rule.count,
             within_days=rule.within_days,
         )
-        there = {match["StudyInstanceUID"]: match.get("NumberOfStudyRelatedInstances", "") for match in matches}
+        there = {match.get("StudyInstanceUID", ""): match.get("NumberOfStudyRelatedInstances", "") for match in matches}
         lacking = [
-            uid for uid in chosen if self._holds("study", uid) < (int(there[uid]) if there[uid].isdigit() else 1)
+            uid
+            for uid in chosen
+            if self._holds("study", uid) < (int(there[uid]) if _COUNT.fullmatch(there[uid]) else 1)
         ]
         lacking = [uid for uid in lacking if not self._live(uid)]
         self._queue.note_priors(lacking, fetch.study, self._now())
@@ -244,13 +255,14 @@ class Fetcher:
 
     def _series(self, fetch: Fetch) -> int:
         above = {"StudyInstanceUID": fetch.study, "SeriesInstanceUID": fetch.series}
-        told = find(self._peer, "SERIES", {**above, "NumberOfSeriesRelatedInstances": ""}, ours=self._ours)
-        count = next((as_texts(one).get("NumberOfSeriesRelatedInstances", "") for one in told), "")
+        series = find(self._peer, "SERIES", {**above, "NumberOfSeriesRelatedInstances": ""}, ours=self._ours)
+        count = next((as_texts(one).get("NumberOfSeriesRelatedInstances", "") for one in series), "")
         held = self._instances(fetch.series)
-        if not told or (count.isdigit() and int(count) <= len(held)):
+        if not series or (_COUNT.fullmatch(count) and int(count) <= len(held)):
             return 0
         there = find(self._peer, "IMAGE", {**above, "SOPInstanceUID": ""}, ours=self._ours)
-        lacking = sorted({as_texts(one).get("SOPInstanceUID", "") for one in there} - held - {""})
+        told = {as_texts(one).get("SOPInstanceUID", "") for one in there} - held
+        lacking = sorted(uid for uid in told if _UID.fullmatch(uid))
         moved = 0
         for at in range(0, len(lacking), _UIDS_A_MOVE):
             moved += self._move("IMAGE", {**above, "SOPInstanceUID": "\\".join(lacking[at : at + _UIDS_A_MOVE])})
@@ -345,3 +357,7 @@ def _day(text: str) -> date | None:
         return date(int(text[:4]), int(text[4:6]), int(text[6:8]))
     except ValueError:
         return None
+
+
+def _earlier(day: date, days: int) -> date:
+    return date.fromordinal(max(day.toordinal() - days, 1))  # the calendar has a first day

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pydicom.dataset import FileDataset
+from pydicom.dataset import Dataset, FileDataset
 
-from edge.forward import reading
-from edge.forward.fetch import as_texts, choose_priors, find, move
+from edge.forward import fetch, reading
+from edge.forward.fetch import Fetcher, Moved, as_texts, choose_priors, find, move
 from edge.forward.follow import FetchRule
 from edge.forward.peer import Peer
 from edge.forward.queue import PRIOR_S
@@ -211,3 +211,76 @@ def test_a_study_counts_as_fetched_for_a_week(tmp_path: Path) -> None:
     assert node.queue.is_prior("1.2", node.now())
     assert not node.queue.is_prior("1.2", node.now() + PRIOR_S + 1)
     assert not node.queue.is_prior("3.4", node.now())
+
+
+class _Archive:
+    """Answers each C-FIND with what it is given, and counts the questions."""
+
+    def __init__(self, *answers: Dataset | Exception) -> None:
+        self.answers = answers
+        self.asked = 0
+
+    def __call__(self, *_: object, **__: object) -> list[Dataset]:
+        self.asked += 1
+        for one in self.answers:
+            if isinstance(one, Exception):
+                raise one
+        return [one for one in self.answers if isinstance(one, Dataset)]
+
+
+def asking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, archive: _Archive, *seeds: int
+) -> tuple[ForwardingNode, Fetcher, list[str]]:
+    """A node that wants the priors of studies, one a seed; what it asks to be moved stands in the list."""
+    peer = Peer("archive", "A", "127.0.0.1", 1)
+    node = ForwardingNode(tmp_path, [], [peer], fetches=[PRIORS])
+    receive(node.state, [study(seed) for seed in seeds])
+    node.follow()
+    moved: list[str] = []
+
+    def moving(_peer: Peer, _level: str, keys: dict[str, str], **__: object) -> Iterator[Moved]:
+        moved.append(keys["StudyInstanceUID"])
+        yield Moved(0, 1, 0, 0)
+
+    monkeypatch.setattr(fetch, "find", archive)
+    monkeypatch.setattr(fetch, "move", moving)
+    node.clock.advance(5)
+    return node, node.fetcher(peer), moved
+
+
+def answer(uid: str | None, number: str = "1") -> Dataset:
+    found = Dataset()
+    found.PatientID, found.StudyDate, found.ModalitiesInStudy = "P1", "20251001", "DX"
+    if uid is not None:
+        found.StudyInstanceUID = uid
+    found.NumberOfStudyRelatedInstances = number
+    return found
+
+
+def test_an_answer_without_its_uid_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = _Archive(answer(None), answer("1.2\\1.3"), answer("*"), answer("1.4"))
+    node, fetcher, moved = asking(tmp_path, monkeypatch, archive, 1)
+    assert fetcher.step()
+    assert moved == ["1.4"]
+    (done,) = reading.fetches(node.state / "forward.sqlite")
+    assert (done.state, done.moved) == ("done", 1)
+
+
+def test_a_fetch_that_meets_something_odd_ends_with_its_reason_and_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = _Archive(LookupError("odd"))
+    node, fetcher, _ = asking(tmp_path, monkeypatch, archive, 1, 2)
+    for _ in range(30):
+        fetcher.step()
+        node.clock.advance(1000)
+    assert archive.asked == 10  # five tries each
+    (done,) = reading.fetches(node.state / "forward.sqlite")
+    assert (done.state, done.count) == ("dead", 2)
+    assert "LookupError" in done.last_error
+    assert done.cure
+
+
+def test_a_study_of_the_first_year_has_no_priors_before_the_calendar() -> None:
+    asked = {"patient": "P1", "issuer": "", "study": "9", "before": "00010103", "modality": "CR", "within_days": 9999}
+    assert choose_priors([prior("1", "00010101")], count=2, **asked) == ["1"]
