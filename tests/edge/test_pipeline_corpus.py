@@ -35,7 +35,8 @@ def test_attack_no_object_stops_the_node_and_every_one_is_accounted_for(tmp_path
     database = sqlite3.connect(node.results)
     ends = dict(database.execute("SELECT outcome, COUNT(*) FROM work GROUP BY outcome").fetchall())
     assert stored > 350
-    assert sum(ends.values()) == stored
+    # Some come under the UID of another patient's object: they wait for a person and the pipeline does not see them.
+    assert sum(ends.values()) == stored - node.spool.counts()["identity_conflicts"]
     assert ends.keys() == {"answered", "slice", "unassessed", "ignored", "quarantined"}
     assert all(row.reason for row in reading.quarantine(node.results))
     assert all(row.reason or row.finding for row in node.worklist())
