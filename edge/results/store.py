@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from edge.sqlite import insert, open_foreign, open_owned, transaction
 
 MAX_TRIES = 3  # an object that took the process down so often is quarantined
 _CLAIM_BATCH = 8
+_KNOWN_BATCH = 1000  # rows of intake's index that one question passes
 _SERVED = ("pid", "package", "release", "variant", "provider", "weights_loaded", "golden")
 _ENCODER = msgspec.msgpack.Encoder()
 _ANSWER = msgspec.msgpack.Decoder(AnswerRecord)
@@ -258,13 +259,11 @@ class Store:
         if self._db.execute("SELECT 1 FROM work WHERE series = ? AND outcome = ''", (series,)).fetchone():
             return True
         intake = self._follow_intake()
-        return intake is not None and (
-            intake.execute(
-                "SELECT 1 FROM objects WHERE series = ? AND id > ? AND state = 'kept'",
-                (series, self._intake_cursor(intake)),
-            ).fetchone()
-            is not None
-        )
+        if intake is None:
+            return False
+        ahead = "SELECT digest FROM objects WHERE series = ? AND id > ? AND state = 'kept'"
+        with closing(intake.execute(ahead, (series, self._intake_cursor(intake)))) as rows:
+            return any(not self._known(row["digest"]) for row in rows)
 
     def evidence(self, series: OpenSeries) -> Evidence:
         """Returns what is known of an open series."""
@@ -336,11 +335,14 @@ class Store:
         intake = self._follow_intake()
         if intake is None:
             return []
-        rows = intake.execute(
-            "SELECT * FROM objects WHERE id > ? AND state = 'kept' ORDER BY id LIMIT ?",
-            (self._intake_cursor(intake), _CLAIM_BATCH),
-        ).fetchall()
-        if not rows:
+        followed = passed = self._intake_cursor(intake)
+        rows: list[sqlite3.Row] = []
+        while not rows:  # an index that was named anew is full of what is known: nothing waits for that
+            rows, reached = self._unknown(intake, passed)
+            if reached == passed:
+                break
+            passed = reached
+        if passed == followed:
             return []
         claimed = []
         with self.writing():
@@ -355,8 +357,28 @@ class Store:
                 }
                 if insert(self._db, "work", lease, on_conflict="OR IGNORE") or self._came_again(row, now):
                     claimed.append(_claimed(row, 1, now))
-            self.set_cursor(self._intake_name, rows[-1]["id"])
+            self.set_cursor(self._intake_name, passed)
         return claimed
+
+    def _unknown(self, intake: sqlite3.Connection, after: int) -> tuple[list[sqlite3.Row], int]:
+        """Returns a few objects that were not claimed yet, and the id up to which that was looked at."""
+        found: list[sqlite3.Row] = []
+        with closing(
+            intake.execute(
+                "SELECT * FROM objects WHERE id > ? AND state = 'kept' ORDER BY id LIMIT ?", (after, _KNOWN_BATCH)
+            )
+        ) as rows:
+            for row in rows:
+                after = int(row["id"])
+                if not self._known(row["digest"]):
+                    found.append(row)
+                    if len(found) == _CLAIM_BATCH:
+                        break
+        return found, after
+
+    def _known(self, digest: str) -> bool:
+        row = self._db.execute("SELECT outcome FROM work WHERE digest = ?", (digest,)).fetchone()
+        return row is not None and row["outcome"] != GONE
 
     def _came_again(self, row: sqlite3.Row, now: float) -> bool:
         """Leases an object that was wanted while it was gone."""
