@@ -2,8 +2,8 @@
 
 Basic Application Level Confidentiality Profile with the options Clean Pixel Data, Retain Longitudinal Temporal
 Information with Modified Dates, Retain Device Identity and Clean Descriptors (`profile.py` holds the table). Where the
-table is silent the value representation decides, towards less: see `_unlisted`. After all of it, what is kept as text
-is searched for the words of every name and the numbers of every identifier that the object carried.
+table is silent the value representation decides, towards less: see `unlisted.py`. After all of it, what is kept as
+text is searched for the words of every name and the numbers of every identifier that the object carried.
 
 What cannot be made safe is refused: a PeerError whose message is the reason. No message holds a value.
 """
@@ -19,7 +19,6 @@ from typing import Any
 import pydicom
 from msgspec import Struct
 from pydicom._uid_dict import UID_dictionary
-from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sequence import Sequence
@@ -37,6 +36,16 @@ from edge.imaging.descriptors import clean_text, known_word
 from edge.imaging.profile import ALL_OPTIONS, EDITION, Action, Option, action_of, basic_action, row_of
 from edge.imaging.pseudonym import date_shift_days, mapped_uid, patient_pseudonym
 from edge.imaging.read import translated
+from edge.imaging.unlisted import (
+    PIXEL_TERMS,
+    clean_unlisted,
+    coded,
+    left_over,
+    standard_vr,
+    unlisted_action,
+    values,
+    well_known,
+)
 from shared.errors import PeerError
 
 DEPTH_LIMIT = 16  # of nested sequences
@@ -56,7 +65,6 @@ _SPATIAL = {"1", "2", "3", "4", "5", "6", "7", "8"}  # 66.1 to 66.8 are registra
 _SYNTAXES = {ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian}
 
 _SHORT = {"LO", "SH", "ST", "LT", "UT", "UC", "UR", "AE", "CS", "PN"}
-_FREE = {"ST", "LT", "UT", "UC"}
 _DUMMY: dict[str, Any] = {
     **dict.fromkeys(("LO", "SH", "ST", "LT", "UT", "UC", "AE", "CS"), "REMOVED"),
     **dict.fromkeys(("IS", "DS"), "0"),
@@ -69,15 +77,23 @@ _DUMMY: dict[str, Any] = {
     "DT": "19000101000000",
     "TM": "000000",
 }
-_PUBLIC_CODES = frozenset({"SCT", "SRT", "SNM3", "DCM", "LN", "UCUM", "RADLEX", "FMA", "I9C", "I10", "I11", "BI"})
 # Value types and relations of content items: the frame that a dummy content sequence keeps (PS3.3 C.17.3).
 _FRAME = {0x0040A040, 0x0040A010, 0x0040A050}
 _IDENTIFIERS = (0x00100020, 0x00101000, 0x00080050, 0x00380010, 0x00200010, 0x00402016, 0x00402017)
-_AGE = re.compile(r"\d{3}[DWMY]")
+_BIRTH_DATE = 0x00100030
+_DATE_FORMS = (
+    "{0}{1}{2}",
+    "{0}-{1}-{2}",
+    "{0}.{1}.{2}",
+    "{0}/{1}/{2}",
+    "{2}{1}{0}",
+    "{2}.{1}.{0}",
+    "{2}/{1}/{0}",
+    "{1}/{2}/{0}",
+)
 _TIME = re.compile(r"\d{2}(:?\d{2}(:?\d{2}(\.\d{1,6})?)?)?")
 _DATE = re.compile(r"(\d{4})\.?(\d{2})\.?(\d{2})")
 _DATETIME = re.compile(r"(\d{4})(\d{2})?(\d{2})?(\d{0,6}(\.\d{1,6})?)([+-]\d{4})?")
-_UID = re.compile(r"[0-9.]{1,64}")
 
 
 class Deidentified(Struct, frozen=True):
@@ -137,7 +153,7 @@ def _accept(dataset: Dataset) -> UID:
     planes = [dataset[group, 0x0100].value for group in range(0x6000, 0x6020, 2) if (group, 0x0100) in dataset]
     if any(bits != 1 for bits in planes):
         raise PeerError("The object has an overlay in unused bits of its pixels.")
-    if {"LABEL", "OVERVIEW"} & {part.upper() for part in _values(dataset.get("ImageType"))}:
+    if {"LABEL", "OVERVIEW"} & {part.upper() for part in values(dataset.get("ImageType"))}:
         raise PeerError("The object is the picture of a slide's label or of the whole slide with it.")
     syntax = getattr(dataset, "file_meta", FileMetaDataset()).get("TransferSyntaxUID")
     if syntax is None:
@@ -197,16 +213,19 @@ class _Work:
         if depth > DEPTH_LIMIT:
             raise PeerError(f"Its sequences are nested deeper than {DEPTH_LIMIT}.")
         result = Dataset()
+        codes = frozenset() if dummy else coded(source)
         for tag in sorted(source.keys()):
             self._elements += 1
             if self._elements > ELEMENT_LIMIT:
                 raise PeerError(f"It has more than {ELEMENT_LIMIT} elements.")
-            element = self._element(source, tag, depth, dummy=dummy, clean=clean)
+            element = self._element(source, tag, depth, codes, dummy=dummy, clean=clean)
             if element is not None:
                 result[tag] = element
         return result
 
-    def _element(self, source: Dataset, tag: BaseTag, depth: int, *, dummy: bool, clean: bool) -> DataElement | None:
+    def _element(
+        self, source: Dataset, tag: BaseTag, depth: int, codes: frozenset[int], *, dummy: bool, clean: bool
+    ) -> DataElement | None:
         if tag in _PIXELS:
             return source[tag] if depth == 0 else None
         if tag.group < 0x0008 or tag.element == 0 or tag == 0x00080005:
@@ -214,6 +233,10 @@ class _Work:
         try:
             element = source[tag]
             self._note(element)
+            if not standard_vr(element):
+                return None
+            if tag in codes:
+                return element
             return self._changed(element, depth, dummy=dummy, clean=clean)
         except PeerError:
             raise
@@ -222,14 +245,17 @@ class _Work:
 
     def _changed(self, element: DataElement, depth: int, *, dummy: bool, clean: bool) -> DataElement | None:
         row = row_of(element.tag)
-        action = _unlisted(element) if row is None else action_of(row, element.VR, self._options)
+        action = unlisted_action(element) if row is None else action_of(row, element.VR, self._options)
         if dummy and action in (Action.KEEP, Action.CLEAN, Action.SHIFT) and element.tag not in _FRAME:
-            action = Action.KEEP if _well_known(element) else Action.DUMMY
+            action = Action.KEEP if well_known(element) else Action.DUMMY
         elif clean and action is Action.KEEP and element.VR in _SHORT:
             action = Action.CLEAN
+        if row is None and action is Action.CLEAN and element.is_empty:
+            return element  # as Type 2 allows
         kept = self._apply(action, element, depth, dummy=dummy, clean=clean)
         if action is Action.CLEAN and (kept is None or not kept.value):
-            kept = self._apply(basic_action(row) if row else Action.REMOVE, element, depth, dummy=True, clean=False)
+            left = basic_action(row) if row else left_over(element.tag)
+            kept = self._apply(left, element, depth, dummy=True, clean=False)
         return kept
 
     def _apply(
@@ -248,26 +274,36 @@ class _Work:
         change: dict[Action, Callable[[], Any]] = {
             Action.EMPTY: lambda: None if vr in ("US", "SS", "UL", "SL", "FL", "FD", "AT", "UV", "SV") else "",
             Action.DUMMY: lambda: self._dummy(vr, value),
-            Action.MAP_UID: lambda: [self._uid(one) for one in _values(value)],
-            Action.SHIFT: lambda: [self._moved(vr, one) for one in _values(value)],
-            Action.CLEAN: lambda: [clean_text(one) for one in _values(value)],
+            Action.MAP_UID: lambda: [self._uid(one) for one in values(value)],
+            Action.SHIFT: lambda: [self._moved(vr, one) for one in values(value)],
+            Action.CLEAN: lambda: self._cleaned(element, strict=clean),
             Action.KEEP: lambda: value,
         }
         new = change[action]()
         if action is Action.EMPTY and vr in ("OB", "OW", "OL", "OD", "OF", "OV"):
             new = b""
         if isinstance(new, list):
-            new = new[0] if len(new) == 1 else new
+            new = (new or [""])[0] if len(new) < 2 else new
         return DataElement(element.tag, vr, new)
+
+    def _cleaned(self, element: DataElement, *, strict: bool) -> list[str]:
+        tag, vr = element.tag, element.VR
+        free = strict or row_of(tag) is not None
+        cleaned = [clean_text(one) if free else clean_unlisted(tag, vr, one) for one in values(element.value)]
+        return cleaned if any(cleaned) else []
 
     def _cleaned_items(self, items: Sequence, depth: int) -> list[Dataset]:
         """Codes of public schemes as they are, the cleaned texts of what is no code, nothing that says nothing."""
-        codes = [str(item.get("CodingSchemeDesignator") or "") for item in items]
-        cleaned = [self.item(item, depth + 1, clean=not code) for item, code in zip(items, codes, strict=True)]
-        return [item for item, code in zip(cleaned, codes, strict=True) if len(item) and code in _PUBLIC_CODES | {""}]
+        kept = []
+        for item in items:
+            code = bool(item.get("CodingSchemeDesignator"))
+            cleaned = self.item(item, depth + 1, clean=not code)
+            if len(cleaned) and (not code or coded(item)):
+                kept.append(cleaned)
+        return kept
 
     def _dummy(self, vr: str, value: Any) -> Any:
-        return [self._uid(one) for one in _values(value)] if vr == "UI" else _DUMMY.get(vr, "")
+        return [self._uid(one) for one in values(value)] if vr == "UI" else _DUMMY.get(vr, "")
 
     def _uid(self, uid: str) -> str:
         uid = uid.strip(" \0")
@@ -294,10 +330,13 @@ class _Work:
 
     def _note(self, element: DataElement) -> None:
         if element.VR == "PN":
-            for name in _values(element.value):
+            for name in values(element.value):
                 self._words.update(word for word in re.split(r"[\W_]+", name) if _telling(word, 3))
         elif element.tag in _IDENTIFIERS:
-            self._numbers.update(one.strip() for one in _values(element.value) if _telling(one.strip(), 4))
+            self._numbers.update(one.strip() for one in values(element.value) if _telling(one.strip(), 4))
+        elif element.tag == _BIRTH_DATE:
+            for parts in filter(None, map(_DATE.fullmatch, values(element.value))):
+                self._numbers.update(form.format(*parts.groups()) for form in _DATE_FORMS)
 
     def sweep(self, dataset: Dataset) -> None:
         """Puts a dummy where a word of a name or an identifier still stands in a text; how to read pixels stays."""
@@ -312,10 +351,10 @@ class _Work:
                 for item in element.value:
                     self.sweep(item)
             elif element.VR in ("IS", "DS"):  # a measure may hold the digits of a short identifier by chance
-                if any(len(one) >= 6 and one in self._numbers for one in _values(element.value)):
+                if any(len(one) >= 6 and one in self._numbers for one in values(element.value)):
                     element.value = _DUMMY[element.VR]
-            elif element.VR in _SHORT and element.tag.group != 0x0028 and element.tag != 0x00080060:
-                for text in map(str.casefold, _values(element.value)):
+            elif element.VR in _SHORT and element.value not in PIXEL_TERMS.get(element.tag, ()):
+                for text in map(str.casefold, values(element.value)):
                     if words & set(re.split(r"[\W_]+", text)) or any(part in text for part in parts):
                         element.value = _DUMMY[element.VR]
                         break
@@ -329,39 +368,5 @@ class _Work:
             raise PeerError("An identifier stands inside of the compressed pixels.")
 
 
-def _unlisted(element: DataElement) -> Action:
-    """What happens to an attribute that the table does not name."""
-    try:
-        known = dictionary_VR(element.tag).split(" or ")
-    except KeyError:
-        return Action.REMOVE  # of no standard that we know
-    vr = element.VR
-    if not set(vr.split(" or ")) <= set(known) or vr in ("UN", "UR"):
-        return Action.REMOVE
-    if vr == "AS":
-        return Action.KEEP if all(_AGE.fullmatch(one) for one in _values(element.value)) else Action.EMPTY
-    by_vr = {"PN": Action.DUMMY, "AE": Action.DUMMY, "DA": Action.SHIFT, "DT": Action.SHIFT, "TM": Action.SHIFT}
-    if vr in by_vr:
-        return by_vr[vr]
-    if vr in _FREE:
-        return Action.CLEAN
-    return Action.KEEP if vr != "UI" or _well_known(element) else Action.MAP_UID
-
-
-def _well_known(element: DataElement) -> bool:
-    """True for UIDs that the standard assigned, such as SOP classes."""
-    return element.VR == "UI" and all(
-        not one or one in UID_dictionary or (one.startswith("1.2.840.10008.") and _UID.fullmatch(one))
-        for one in _values(element.value)
-    )
-
-
 def _telling(word: str, least: int) -> bool:
     return (len(word) >= least or (len(word) >= 2 and not word.isascii())) and not known_word(word)
-
-
-def _values(value: Any) -> list[str]:
-    if value is None:
-        return []
-    many = isinstance(value, (list, tuple, pydicom.multival.MultiValue))
-    return [str(one) for one in value] if many else [str(value)]

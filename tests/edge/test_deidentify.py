@@ -368,6 +368,73 @@ def test_what_the_table_alone_does_not_make_safe_is_refused(sop_class: str, reas
         deidentify(item, KEY)
 
 
+def named() -> FileDataset:
+    """An object about somebody, for what must not come through."""
+    item = ct()
+    item.PatientName, item.PatientID, item.PatientBirthDate = "Smith^John", "PID-778812", "19500101"
+    return item
+
+
+@pytest.mark.parametrize(
+    ("tag", "vr", "value", "left"),
+    [
+        (0x00100033, "LO", "S25/01/01 1950", None),  # birth date in another calendar
+        (0x00100034, "LO", "H30", None),
+        (0x00280A04, "LO", "calibrated for Smith John PID-778812 born 19500101", None),
+        (0x00281055, "LO", "for Dr. Jones", None),
+        (0x00401006, "SH", "ORD-99123", None),
+        (0x00401007, "SH", "FIL-3321", None),
+        (0x21000160, "SH", "drwho", None),
+        (0x00620005, "LO", "Mrs Jones brain", "Mrs brain"),
+        (0x00620005, "LO", "Jones", "REMOVED"),  # Type 1
+        (0x00080070, "LO", "Dr. Jones, 12.03.1950", "REMOVED"),
+        (0x00181210, "SH", "B30f", "B30f"),
+        (0x00181020, "LO", "from 19500101", "REMOVED"),
+        (0x00201040, "LO", "", ""),  # Type 2
+        (0x00280301, "CS", "Mrs Jones", "NO"),  # what cleaning of the pixels says of it
+        (0x00400033, "CS", "JONES19500101", None),
+        (0x00400033, "CS", "jones", None),
+        (0x00281056, "CS", "SMITH", "REMOVED"),
+        (0x00080008, "CS", ["ORIGINAL", "Mrs Jones", "AXIAL"], ["ORIGINAL", "", "AXIAL"]),
+        (0x00282114, "CS", "ISO_10918_1", "ISO_10918_1"),
+        (0x00282114, "CS", "ISO_19500101", None),
+        (0x00200052, "UI", "1.2.840.10008.19500101", mapped_uid(KEY, "1.2.840.10008.19500101")),
+        (0x00081140, "OB", b"Jane Doe, 5 Elm Street", None),  # a sequence by the standard
+        (0x00181020, "UT", "Jane Doe, 5 Elm Street", None),  # LO by the standard
+        (0x00081090, "OB", b"Jane Doe", None),
+        (0x04000520, "OB", b"secret Smith bytes", None),
+        (0x04000500, "SQ", [], None),
+        (0x00282000, "OB", b"a profile that tells of Jane Doe", None),
+        (0x00720067, "OF", b"Jane", None),
+        (0x54001010, "OW", b"Jane Doe", None),
+        (0x00281201, "OW", b"\0\1" * 8, b"\0\1" * 8),
+    ],
+)
+def test_attack_what_the_table_does_not_name_holds_no_name(tag: int, vr: str, value: Any, left: Any) -> None:
+    item = named()
+    item.add_new(tag, vr, value)
+    result, data = cleaned(item)
+    found = result.get(tag)
+    assert (found.value if found is not None else None) == left
+    for leaf in (b"Jones", b"JONES", b"Jane", b"Smith", b"SMITH", b"19500101", b"778812"):
+        assert leaf not in data
+
+
+def test_codes_stay_when_their_scheme_is_public_and_their_form_is_its_form() -> None:
+    for value, scheme, meaning, left in (
+        ("51185008", "SCT", "Thorax", ("51185008", "SCT", "Thorax")),
+        ("Jones", "SCT", "Thorax", ("REMOVED", "REMOVED", "Thorax")),
+        ("51185008", "99JONES", "Jones", ("REMOVED", "REMOVED", "REMOVED")),
+        ("51185008", "SCT", "born 19500101", ("51185008", "SCT", "REMOVED")),
+        ("51185008", "SCT", "Smith", ("51185008", "SCT", "REMOVED")),
+    ):
+        item, code = named(), Dataset()
+        code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = value, scheme, meaning
+        item.ViewCodeSequence = [code]
+        (kept,) = cleaned(item)[0].ViewCodeSequence
+        assert (kept.CodeValue, kept.CodingSchemeDesignator, kept.CodeMeaning) == left
+
+
 def test_overlays_go_and_those_inside_of_pixels_are_refused() -> None:
     item = ct()
     for element, vr, value in ((0x0010, "US", 8), (0x0022, "LO", CANARY), (0x0100, "US", 1), (0x3000, "OW", b"\1" * 8)):
@@ -412,7 +479,7 @@ def telling(source: Dataset) -> set[str]:
         except Exception:  # noqa: BLE001, S112 pydicom names no family
             continue
         texts |= {value, *(re.split(r"[\W_]+", value) if name == "PatientName" else ())}
-    return {text for text in texts if len(text) >= 5 and not known_word(text)}
+    return {text for text in texts if len(text) >= 5 and not known_word(text) and text != "REMOVED"}
 
 
 def judged(path: Path, options: frozenset[Option]) -> tuple[Deidentified | None, bytes, Dataset | None, str]:
