@@ -16,6 +16,7 @@ from shared.errors import PeerError, StateError
 _COLUMNS = (
     "id, digest, file, offset, length, sop_instance, sop_class, study, series, modality, transfer_syntax, stored_at"
 )
+_TOGETHER = 500  # rows in memory at once
 
 
 class NotKeptError(PeerError):
@@ -72,25 +73,39 @@ class Retention:
         """Returns the series that have kept objects, the last to arrive first."""
         question = (
             "SELECT study, series, MAX(modality) AS modality, COUNT(DISTINCT sop_instance) AS instances,"
-            " MAX(id) AS newest FROM objects WHERE {} GROUP BY study, series ORDER BY newest DESC"
+            " MAX(id) AS newest FROM objects WHERE {where} GROUP BY study, series ORDER BY newest DESC"
         )
         return [SeriesCount(**row) for row in self._rows(question, uids)]
 
     def instances(self, uids: Uids) -> list[Kept]:
-        """Returns the kept objects in order of arrival.
+        """Returns what `each` gives: for a study or a series, of which a list can be had."""
+        return list(self.each(uids))
+
+    def each(self, uids: Uids, *, skip: int = 0) -> Iterator[Kept]:
+        """Gives the kept objects in order of arrival without the first `skip`; a few are in memory at a time.
 
         Where other bytes came under the same UIDs, the last to arrive is the one shown.
         """
-        newest = "SELECT MAX(id) FROM objects WHERE {} GROUP BY study, series, sop_instance"
-        question = f"SELECT {_COLUMNS} FROM objects WHERE id IN ({newest}) ORDER BY id"  # noqa: S608 constants
-        return [Kept(**row) for row in self._rows(question, uids)]
+        question = (
+            # The plus signs keep the order of ids: no other index can give it, and sorting takes all rows.
+            f"SELECT {_COLUMNS} FROM objects WHERE {{where}} AND id > ? AND NOT EXISTS (SELECT 1 FROM objects AS newer"  # noqa: S608 constants
+            " WHERE newer.sop_instance = objects.sop_instance AND +newer.series = objects.series"
+            " AND +newer.study = objects.study AND newer.id > objects.id AND {newer}) ORDER BY id LIMIT ? OFFSET ?"
+        )
+        after = -1
+        while True:
+            found = [Kept(**row) for row in self._rows(question, uids, [after, _TOGETHER, skip])]
+            yield from found
+            if len(found) < _TOGETHER:
+                return
+            after, skip = found[-1].id, 0
 
     def by_id(self, ids: list[int]) -> dict[int, Kept]:
         """Returns objects by their id in the index; one that was evicted meanwhile is missing."""
         found: dict[int, Kept] = {}
         for start in range(0, len(ids), 500):
             some = ids[start : start + 500]
-            question = f"SELECT {_COLUMNS} FROM objects WHERE {{}} AND id IN ({', '.join('?' * len(some))})"  # noqa: S608
+            question = f"SELECT {_COLUMNS} FROM objects WHERE {{where}} AND id IN ({', '.join('?' * len(some))})"  # noqa: S608
             found |= {row["id"]: Kept(**row) for row in self._rows(question, Uids(), some)}
         return found
 
@@ -107,20 +122,23 @@ class Retention:
             return
         try:
             with closing(index):
-                where, values = _where(index, uids)
-                yield from map(dict, index.execute(question.format(where), (*values, *(more or ()))))
+                where, newer, values = _where(index, uids)
+                asked = question.format(where=where, newer=newer)
+                yield from map(dict, index.execute(asked, (*values, *(more or ()))))
         except sqlite3.Error as exc:
             raise StateError(f"Cannot read the intake's index: {exc}.") from exc
 
 
-def _where(index: sqlite3.Connection, uids: Uids) -> tuple[str, list[str]]:
-    """The condition of every question: whole identifiers, kept, and the UIDs asked for."""
+def _where(index: sqlite3.Connection, uids: Uids) -> tuple[str, str, list[str]]:
+    """The condition of every question: whole identifiers, kept, and the UIDs asked for; and that on a newer object."""
     conditions = ["study <> '' AND series <> '' AND sop_instance <> ''"]
+    newer = "1"
     values: list[str] = []
     if any(row["name"] == "state" for row in index.execute("PRAGMA table_info(objects)")):  # older indexes have none
-        conditions.append("state = 'kept'")
+        conditions.append("+state = 'kept'")
+        newer = "+newer.state = 'kept'"
     for column, wanted in (("study", uids.study), ("series", uids.series), ("sop_instance", uids.instance)):
         if wanted:
             conditions.append(f"{column} IN ({', '.join('?' * len(wanted))})")
             values += wanted
-    return " AND ".join(conditions), values
+    return " AND ".join(conditions), newer, values

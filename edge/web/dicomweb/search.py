@@ -82,12 +82,17 @@ def search(retention: Retention, headers: Headers, query: Query, within: Uids, b
         return Found([], more=False)
     answers = {"studies": _studies, "series": _series, "instances": _instances}[query.level]
     results: list[Json] = []
-    for position, result in enumerate(answers(retention, headers, query, uids, base)):
+    for position, result in enumerate(answers(retention, headers, query, uids, base), _skipped(query)):
         if position >= query.offset + query.limit:
             return Found(results, more=True)
         if position >= query.offset:
             results.append(result)
     return Found(results, more=False)
+
+
+def _skipped(query: Query) -> int:
+    """How many results the index passes by itself: all of the offset, where it alone tells what matches."""
+    return query.offset if query.level == "instances" and not query.keys and not query.modalities else 0
 
 
 def _narrowed(within: Uids, query: Query) -> Uids | None:
@@ -137,7 +142,7 @@ def _instances(retention: Retention, headers: Headers, query: Query, uids: Uids,
     above = {0x0020000D, 0x0020000E}
     if len(uids.series) != 1:
         above |= {*SERIES_TAGS, *(STUDY_TAGS if len(uids.study) != 1 else ())}
-    for kept in retention.instances(uids):
+    for kept in retention.each(uids, skip=_skipped(query)):
         if query.modalities and not _modality_fits(query, studies.get(kept.study, [])):
             continue
         head = headers.of(kept)
