@@ -14,8 +14,9 @@ from edge.forward.routes import Routes
 from edge.forward.rules import SENT, Facts, failing
 from edge.imaging.read import describe, open_object
 from edge.imaging.route import NotAssessed, route
-from edge.intake.head import CutError, read_head, valid_uid
+from edge.intake.head import read_head, valid_uid
 from edge.intake.status import STATUS, Outcome
+from edge.intake.walk import CutError
 from shared.errors import PeerError
 from shared.package.manifest import Head
 

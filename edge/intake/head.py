@@ -6,16 +6,13 @@ import hashlib
 import mmap
 import re
 import zlib
-from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, cast
 
 import msgspec
 from msgspec import Struct
 from pydicom import config
-from pydicom.filereader import data_element_generator
 
-from shared.errors import PeerError
+from edge.intake.walk import PIXELS, CutError, OddError, Walk
 
 IMPLICIT = "1.2.840.10008.1.2"
 BIG_ENDIAN = "1.2.840.10008.1.2.2"
@@ -34,28 +31,10 @@ _WANTED = {
     0x0020000E: "series",
 }
 _PATIENT_ID = 0x00100020
-_PIXELS = frozenset({0x7FE00008, 0x7FE00009, 0x7FE00010})
-_UNDEFINED = 0xFFFFFFFF
-_DEFER_BYTES = 4096  # longer values are skipped, never read
+_TAKEN = frozenset({_PATIENT_ID, *_WANTED})
+_VALUE_BYTES = 4096  # longer values are skipped, never read
 _INFLATED_KEPT_BYTES = 4 * 1024 * 1024  # of a deflated data set only the beginning is looked at
-READS_LIMIT = 2_000_000  # of a walk: a million elements, a few seconds
 INFLATED_LIMIT_BYTES = 512 * 1024 * 1024  # a deflate bomb is given up here
-
-
-class _Walked(mmap.mmap):
-    """A file's bytes that are not read for ever: a data set may be nothing but millions of empty elements."""
-
-    reads = 0
-
-    def read(self, n: int | None = None) -> bytes:
-        self.reads += 1
-        if self.reads > READS_LIMIT:
-            raise OverflowError("the data set has too many elements")
-        return super().read(n)
-
-
-class CutError(PeerError):
-    """The data set ends before its own lengths say so."""
 
 
 class DatasetHead(Struct, frozen=True):
@@ -79,9 +58,8 @@ def valid_uid(text: str) -> bool:
 def read_head(path: Path, offset: int, transfer_syntax: str) -> DatasetHead:
     """Returns the head of the data set that starts at `offset` (bytes) of a file, having walked to its end.
 
-    Values longer than 4 KiB are skipped by seeking; reads are bounded by the file and by READS_LIMIT. A data set
-    that cannot be walked for another reason than being cut is not refused here: its head carries the fault, and
-    imaging quarantines it.
+    Values longer than 4 KiB and what sequences hold are skipped (`edge.intake.walk`). A data set that cannot be walked
+    for another reason than being cut is not refused here: its head carries the fault, and imaging quarantines it.
 
     Raises:
         CutError: an element or a sequence reaches beyond the end, or the deflate stream has no end.
@@ -89,36 +67,33 @@ def read_head(path: Path, offset: int, transfer_syntax: str) -> DatasetHead:
     with path.open("rb") as file:
         if path.stat().st_size <= offset:
             raise CutError("The data set is empty.")
-        with _Walked(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             if transfer_syntax == DEFLATED:
                 beginning, fault = _inflate(view, offset)
-                head = _walk(beginning, 0, transfer_syntax, None)
+                head = _walk(beginning, 0, transfer_syntax, whole=False)
                 return msgspec.structs.replace(head, fault=fault or head.fault)
-            return _walk(cast(BinaryIO, view), offset, transfer_syntax, len(view))
+            return _walk(view, offset, transfer_syntax, whole=True)
 
 
-def _walk(source: BinaryIO, offset: int, transfer_syntax: str, end: int | None) -> DatasetHead:
-    """`end` is where the data set must end exactly; None when only its beginning is at hand."""
-    source.seek(offset)
-    elements = data_element_generator(
-        source, transfer_syntax == IMPLICIT, transfer_syntax != BIG_ENDIAN, defer_size=_DEFER_BYTES
-    )
+def _walk(data: bytes | mmap.mmap, offset: int, transfer_syntax: str, *, whole: bool) -> DatasetHead:
+    """`whole` tells whether the data set must end where `data` does; otherwise it is only its beginning."""
     found: dict[str, str] = {}
     fault, last, pixels_at = "", offset, -1
+    elements = Walk(data, little=transfer_syntax != BIG_ENDIAN).elements(offset, implicit=transfer_syntax == IMPLICIT)
     try:
-        for element in elements:
-            last = source.tell()
-            if element.tag in _PIXELS and end is not None:
-                pixels_at = int(getattr(element, "value_tell", -1))
-            _take(element, found, end)
+        for tag, value_at, value_end, end in elements:
+            last = end
+            if tag in PIXELS and whole:
+                pixels_at = value_at
+            elif tag in _TAKEN and value_end - value_at <= _VALUE_BYTES:
+                _take(tag, data[value_at:value_end], found)
+        if whole:
+            fault = _leftover(data[last : last + 8], len(data) - last)
     except CutError:
-        raise
-    except Exception as exc:  # pydicom names no family for damaged input
-        if end is not None and (isinstance(exc, EOFError) or _ran_out(exc)):
-            raise CutError("The data set ends inside an element.") from exc
-        fault = f"{type(exc).__name__}: {str(exc)[:200]}"
-    if end is not None and not fault:
-        fault = _leftover(source, last, end)
+        if whole:
+            raise
+    except OddError as exc:
+        fault = exc.message
     for name in ("sop_class", "sop_instance", "study", "series"):
         if not valid_uid(found.get(name, "")):
             found[name] = ""
@@ -148,41 +123,27 @@ def _pixel_digest(path: Path, offset: int, transfer_syntax: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _take(element: Any, found: dict[str, str], end: int | None) -> None:
-    value = element.value
-    if not isinstance(value, bytes):
-        return  # a sequence, or a value that was skipped: the seek has shown that it is there
-    length = getattr(element, "length", _UNDEFINED)
-    if end is not None and length != _UNDEFINED and len(value) < length:
-        raise CutError(f"Element {element.tag} has {len(value)} of {length} bytes.")
-    if element.tag == _PATIENT_ID:
+def _take(tag: int, value: bytes, found: dict[str, str]) -> None:
+    if tag == _PATIENT_ID:
         patient = value.strip(b" \0")
         found["patient"] = hashlib.sha256(patient).hexdigest() if patient else ""
-    elif element.tag in _WANTED:
-        found[_WANTED[element.tag]] = _text(value)
+    else:
+        found[_WANTED[tag]] = _text(value)
 
 
-def _leftover(source: BinaryIO, last: int, end: int) -> str:
-    source.seek(last)
-    rest = end - last
+def _leftover(beginning: bytes, rest: int) -> str:
     if rest >= 8:
         return f"{rest} bytes follow what looked like the end of the data set"
-    if source.read(rest).strip(b"\0"):  # a lone pad byte is tolerated
+    if beginning.strip(b"\0"):  # a lone pad byte is tolerated
         raise CutError(f"The data set ends inside an element: {rest} bytes of it are there.")
     return ""
-
-
-def _ran_out(exc: BaseException) -> bool:
-    # mmap answers a seek beyond its end with this ValueError, struct a short read with "requires a buffer".
-    text = str(exc)
-    return "seek out of range" in text or "requires a buffer of" in text
 
 
 def _text(value: bytes) -> str:
     return value.decode("ascii", "replace").strip(" \0")[:64]
 
 
-def _inflate(view: mmap.mmap, offset: int) -> tuple[BinaryIO, str]:
+def _inflate(view: mmap.mmap, offset: int) -> tuple[bytes, str]:
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     kept = bytearray()
     total, position, pending = 0, offset, b""
@@ -200,5 +161,5 @@ def _inflate(view: mmap.mmap, offset: int) -> tuple[BinaryIO, str]:
         total += len(out)
         kept += out[: max(0, _INFLATED_KEPT_BYTES - len(kept))]
         if total > INFLATED_LIMIT_BYTES:
-            return BytesIO(bytes(kept)), f"the data set inflates to more than {INFLATED_LIMIT_BYTES} bytes"
-    return BytesIO(bytes(kept)), ""
+            return bytes(kept), f"the data set inflates to more than {INFLATED_LIMIT_BYTES} bytes"
+    return bytes(kept), ""

@@ -24,10 +24,11 @@ from msgspec import structs
 from pydicom.filereader import read_file_meta_info
 
 from edge.intake import index as states
-from edge.intake.head import CutError, DatasetHead, read_head, same_pixels, valid_uid
+from edge.intake.head import DatasetHead, read_head, same_pixels, valid_uid
 from edge.intake.index import Index, Visit
 from edge.intake.part import OBJECT_LIMIT_BYTES, Arriving, Part, RefusedError
 from edge.intake.status import Outcome
+from edge.intake.walk import CutError
 from shared.clock import Clock
 from shared.errors import RadfleetError, RoomError, StateError
 from shared.files import fsync_folder, translate_os_error
