@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from msgspec import structs
+from msgspec import Struct, structs
 from pydicom.filereader import read_file_meta_info
 
 from edge.intake import index as states
@@ -38,12 +38,25 @@ QUARANTINE_LIMIT_BYTES = 5_000_000_000
 _FREE_RESERVE_BYTES = 64 * 1024 * 1024  # left on the disk for the databases
 
 
+class _Object(Struct):
+    """An object that is about to get its row."""
+
+    name: str  # in the spool's folder, once it is there
+    path: Path  # where it lies now
+    offset: int
+    length: int
+    arriving: Arriving
+    head: DatasetHead
+    received_at: float
+    same: dict[str, bool] = {}  # whether it has the pixels of the objects with these digests, as far as compared
+
+
 class _Ticket:
     """One object that waits for a commit, and what became of it."""
 
-    def __init__(self, part: Part, head: DatasetHead) -> None:
+    def __init__(self, part: Part, one: _Object) -> None:
         self.part = part
-        self.head = head
+        self.object = one
         self.outcome: Outcome | None = None
         self.error: BaseException | None = None
 
@@ -193,10 +206,13 @@ class Spool:
         self._used_bytes = 0
         for path in sorted(self.folder.glob("*.dcm"), key=lambda p: p.stat().st_mtime):
             self._used_bytes += path.stat().st_size
-            if path.name not in indexed:
-                if not found:
-                    self.index.rename()  # first: a crash in the middle must not leave old numbers with new objects
-                found += self._adopt(path)
+            orphan = None if path.name in indexed else self._orphan(path)
+            if orphan is None:
+                continue
+            if not found:
+                self.index.rename()  # first: a crash in the middle must not leave old numbers with new objects
+            self.index.add([self._row(orphan)])
+            found += 1
         if found:
             get_logger().warning("intake.rebuilt", objects=found)
         return found
@@ -229,8 +245,11 @@ class Spool:
         ):
             if has and has != said:
                 raise RefusedError(Outcome.MISMATCH, f"The command says {said}, the data set {has}.")
+        name = f"{part.digest}.dcm"
+        one = _Object(name, part.path, part.offset, part.length, part.arriving, head, part.received_at)
+        self._conflict(one)  # compares pixels here, so that others need not wait for it behind the commit lock
         os.fsync(part.file.fileno())
-        ticket = _Ticket(part, head)
+        ticket = _Ticket(part, one)
         with self._queue_lock:
             self._queue.append(ticket)
         with self._commit_lock:  # whoever comes first commits for all that wait here
@@ -257,23 +276,21 @@ class Spool:
                 os.fsync(self._folder_fd)
                 rows: list[dict[str, Any]] = []
                 for ticket in renamed.values():
-                    part, name = ticket.part, f"{ticket.part.digest}.dcm"
-                    rows.append(
-                        self._row(name, part.offset, part.length, part.arriving, ticket.head, part.received_at, rows)
-                    )
+                    rows.append(self._row(ticket.object, rows))
                 self.index.add(rows)
                 for ticket, row in zip(renamed.values(), rows, strict=True):
                     ticket.outcome = _outcome(row)
         except BaseException as exc:  # noqa: BLE001 the others who wait must not wait for ever
             for ticket in renamed.values():
                 ticket.error = exc
+                self._take_back(ticket.object)
         for ticket, first in twins:
             _share(first, ticket)
 
     def _place(self, ticket: _Ticket) -> bool:
         """Gives the object its name in the folder; False when the ticket is done instead."""
         part = ticket.part
-        target = self.folder / f"{part.digest}.dcm"
+        target = self.folder / ticket.object.name
         try:
             self.ask_quota(part.length)  # again: others may have filled the quota while this one arrived
             held = self._held(part.digest)
@@ -283,27 +300,34 @@ class Spool:
             if not target.exists():  # it does where the index failed the last time
                 self._used_bytes += part.offset + part.length
             part.path.rename(target)
+            ticket.object.path = target
         except (OSError, RadfleetError) as exc:
             ticket.error = exc
             return False
         return True
 
-    def _row(
-        self,
-        name: str,
-        offset: int,
-        length: int,
-        arriving: Arriving,
-        head: DatasetHead,
-        received_at: float,
-        beside: Sequence[Mapping[str, Any]] = (),
-    ) -> dict[str, Any]:
-        conflict, state = self._conflict(name, offset, arriving, head, beside)
+    def _take_back(self, one: _Object) -> None:
+        """Removes what was renamed and then not indexed: its sender is told so, and the next start must not show it.
+
+        Best effort, and nothing that the index has or may have: an object too many is sent again and is the same one,
+        a row without its file is a loss.
+        """
+        try:
+            if self._held(one.name.removesuffix(".dcm")) is None:
+                length = one.path.stat().st_size
+                one.path.unlink()
+                self._used_bytes = max(0, self._used_bytes - length)
+        except (OSError, RadfleetError) as exc:
+            get_logger().error("intake.orphan_stays", error=type(exc).__name__)
+
+    def _row(self, one: _Object, beside: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        conflict, state = self._conflict(one, beside)
+        arriving, head = one.arriving, one.head
         return {
-            "digest": name.removesuffix(".dcm"),
-            "file": name,
-            "offset": offset,
-            "length": length,
+            "digest": one.name.removesuffix(".dcm"),
+            "file": one.name,
+            "offset": one.offset,
+            "length": one.length,
             "sop_instance": arriving.sop_instance,
             "sop_class": arriving.sop_class,
             "study": head.study,
@@ -314,7 +338,7 @@ class Spool:
             "called_ae": arriving.called_ae,
             "address": arriving.address,
             "association": arriving.association,
-            "received_at": received_at,
+            "received_at": one.received_at,
             "stored_at": self._clock.now().timestamp(),
             "conflict": int(conflict),
             "fault": head.fault,
@@ -322,25 +346,27 @@ class Spool:
             "state": state,
         }
 
-    def _conflict(
-        self, name: str, offset: int, arriving: Arriving, head: DatasetHead, beside: Sequence[Mapping[str, Any]]
-    ) -> tuple[bool, str]:
+    def _conflict(self, one: _Object, beside: Sequence[Mapping[str, Any]] = ()) -> tuple[bool, str]:
         """Whether other bytes stand under the same UID, and the state that follows: an object of another patient or
-        with other pixels is another object, whatever its UID says. `beside` are rows about to be added."""
+        with other pixels is another object, whatever its UID says. `beside` are rows about to be added. Pixels are
+        compared once; `one` remembers with which."""
+        arriving, head = one.arriving, one.head
         others: list[Mapping[str, Any] | sqlite3.Row]
-        others = [row for row in self.index.digests(arriving.sop_instance) if row["file"] != name]
+        others = [row for row in self.index.digests(arriving.sop_instance) if row["file"] != one.name]
         others += [row for row in beside if row["sop_instance"] == arriving.sop_instance]
         for row in others:
             if row["state"] == states.IDENTITY_CONFLICT:
                 continue
             if row["patient"] and head.patient and row["patient"] != head.patient:
                 return True, states.IDENTITY_CONFLICT
-            one, two = self.folder / row["file"], self.folder / name
-            if (
-                row["transfer_syntax"] == arriving.transfer_syntax
-                and row["state"] != states.EVICTED
-                and not same_pixels(one, row["offset"], two, offset, arriving.transfer_syntax)
-            ):
+            if row["transfer_syntax"] != arriving.transfer_syntax or row["state"] == states.EVICTED:
+                continue
+            if row["digest"] not in one.same:
+                there = self.folder / row["file"]
+                one.same[row["digest"]] = same_pixels(
+                    there, row["offset"], one.path, one.offset, arriving.transfer_syntax
+                )
+            if not one.same[row["digest"]]:
                 return True, states.IDENTITY_CONFLICT
         return bool(others), states.KEPT
 
@@ -374,7 +400,8 @@ class Spool:
         there = row is not None and row["state"] != states.EVICTED and (self.folder / row["file"]).exists()
         return row if there else None
 
-    def _adopt(self, path: Path) -> bool:
+    def _orphan(self, path: Path) -> _Object | None:
+        """Reads a file that has no row; None, with a line in the log, where it is none of ours."""
         try:
             meta = read_file_meta_info(path)
             # preamble, "DICM" and the group length's own element stand before what it counts
@@ -389,10 +416,9 @@ class Spool:
             head = read_head(path, offset, arriving.transfer_syntax)
         except Exception as exc:  # noqa: BLE001 a file that is not ours stays where it is and is named in the log
             get_logger().error("intake.orphan_unreadable", file=path.name, error=str(exc)[:200])
-            return False
+            return None
         stat = path.stat()
-        row = self._row(path.name, offset, stat.st_size - offset, arriving, head, stat.st_mtime)
-        return self.index.add([row])[0]
+        return _Object(path.name, path, offset, stat.st_size - offset, arriving, head, stat.st_mtime)
 
 
 def _same_object(held: Mapping[str, Any] | sqlite3.Row, arriving: Arriving) -> bool:

@@ -8,13 +8,16 @@ import shutil
 import sqlite3
 import struct
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pydicom
 import pytest
 
 from edge.intake import spool as spool_module
 from edge.intake.head import read_head, valid_uid
+from edge.intake.index import Index
 from edge.intake.part import Arriving, Part, RefusedError
 from edge.intake.spool import Spool
 from edge.intake.status import KEPT, STATUS, Outcome
@@ -145,6 +148,50 @@ def test_an_index_that_fails_is_no_success(tmp_path: Path) -> None:
         spool.store(arriving(), [DATA])
 
 
+@pytest.mark.parametrize("committed", [False, True])
+def test_what_was_answered_with_a_failure_is_not_there_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, committed: bool
+) -> None:
+    """Unless the index has it all the same: a row without its file would be a loss."""
+    spool = make_spool(tmp_path)
+    real = spool.index.add
+
+    def failing(objects: Sequence[Mapping[str, Any]]) -> list[bool]:
+        if committed:
+            real(objects)
+        raise RoomError("No room left for the database.")
+
+    monkeypatch.setattr(spool.index, "add", failing)
+    with pytest.raises(RoomError):
+        spool.store(arriving(), [DATA])
+    assert (len(files(spool)), spool._used_bytes > 0) == (int(committed), committed)
+    spool.close()
+    again = make_spool(tmp_path)
+    assert len(rows(tmp_path)) == int(committed)
+    assert again.store(arriving(), [DATA]) is (Outcome.DUPLICATE if committed else Outcome.STORED)
+    assert len(files(again)) == len(rows(tmp_path)) == 1
+
+
+def test_pixels_are_compared_before_anybody_has_to_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = make_spool(tmp_path)
+    compared, real = [], spool_module.same_pixels
+
+    def watched(one: Path, one_offset: int, two: Path, two_offset: int, syntax: str) -> bool:
+        compared.append(spool._commit_lock.locked())
+        return real(one, one_offset, two, two_offset, syntax)
+
+    monkeypatch.setattr(spool_module, "same_pixels", watched)
+    for number in range(3):
+        other = phantom_study("chest-xray", 0, seed=1)[0]
+        other.PatientComments = f"other bytes {number}"
+        spool.store(arriving(), [encoded(other)])
+    assert compared == [False] * 3  # the second with the first, the third with both
+    other = phantom_study("chest-xray", 0, seed=1)[0]
+    other.PixelData = bytes(len(other.PixelData))
+    assert spool.store(arriving(), [encoded(other)]) is Outcome.IDENTITY_CONFLICT
+    assert compared == [False] * 4
+
+
 def test_a_power_cut_between_rename_and_index_is_healed_at_the_start(tmp_path: Path) -> None:
     spool = make_spool(tmp_path)
     spool.store(arriving(calling_ae="CT1"), [DATA])
@@ -252,9 +299,8 @@ def test_the_same_bytes_at_once_are_no_success_when_the_disk_fails(
     outcomes = finish_at_once(spool, [written(spool, DATA) for _ in range(3)])
     assert all(isinstance(one, StateError) for one in outcomes), outcomes
     monkeypatch.undo()
-    used = spool._used_bytes
+    assert (files(spool), spool._used_bytes) == ([], 0)
     assert spool.store(arriving(), [DATA]) is Outcome.STORED
-    assert spool._used_bytes == used  # the file was there already
 
 
 def test_other_bytes_under_the_same_uid_at_once_are_flagged(tmp_path: Path) -> None:
@@ -316,8 +362,9 @@ def worked_off(follower: Store) -> list[str]:
     return seen
 
 
+@pytest.mark.parametrize("taken_in", [1, 2, 3])
 def test_a_second_crash_inside_the_healing_hides_nothing_from_followers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken_in: int
 ) -> None:
     """The index lost rows that a follower has seen; what gets their numbers now must be seen too."""
     spool, other = make_spool(tmp_path / "one"), make_spool(tmp_path / "two")
@@ -333,19 +380,27 @@ def test_a_second_crash_inside_the_healing_hides_nothing_from_followers(
         database.execute("UPDATE sqlite_sequence SET seq = 1 WHERE name = 'objects'")
     shutil.copy(other.folder / late, spool.folder)
     os.utime(spool.folder / late, (0, 0))  # the oldest: it is taken in first
-    real, calls = Spool._adopt, []
+    real, calls = Index.add, []
 
-    def dying(self: Spool, path: Path) -> bool:
-        calls.append(path)
-        adopted = real(self, path)
-        if len(calls) == 3:  # all of them
+    def dying(self: Index, objects: Sequence[Mapping[str, Any]]) -> list[bool]:
+        calls.append(real(self, objects))
+        if len(calls) == taken_in:  # 3 are all
             raise KeyboardInterrupt
-        return adopted
+        return calls[-1]
 
-    monkeypatch.setattr(Spool, "_adopt", dying)
+    monkeypatch.setattr(Index, "add", dying)
     with pytest.raises(KeyboardInterrupt):
         make_spool(tmp_path / "one")
     monkeypatch.undo()
     make_spool(tmp_path / "one").close()
     assert worked_off(follower) == [late.removesuffix(".dcm")]
     follower.close()
+
+
+def test_a_file_of_somebody_else_makes_no_follower_start_over(tmp_path: Path) -> None:
+    spool = make_spool(tmp_path)
+    (spool.folder / "stranger.dcm").write_bytes(b"not ours")
+    (before,) = spool.index.rows("SELECT id FROM generation")
+    spool.close()
+    (after,) = make_spool(tmp_path).index.rows("SELECT id FROM generation")
+    assert after["id"] == before["id"]
