@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from copy import copy
 from datetime import date, timedelta
 from io import BytesIO
 from typing import Any
@@ -33,6 +34,7 @@ from pydicom.uid import (
 
 from edge.imaging.burned_in import Blacked, clean_pixels
 from edge.imaging.descriptors import clean_text, known_word
+from edge.imaging.pixel_element import own_pixels
 from edge.imaging.profile import ALL_OPTIONS, EDITION, Action, Option, action_of, basic_action, row_of
 from edge.imaging.pseudonym import date_shift_days, mapped_uid, patient_pseudonym
 from edge.imaging.read import translated
@@ -123,10 +125,11 @@ def deidentify(dataset: Dataset, site_key: bytes, options: frozenset[Option] = A
         work.sweep(clean)
         _sign(clean, work, options)
         out = FileDataset("", clean, preamble=b"\0" * 128, file_meta=_meta(clean, syntax))
+        headers = own_pixels(out)
         blacked: tuple[Blacked, ...] = ()
         if Option.CLEAN_PIXELS in options:
             blacked = clean_pixels(out)
-        work.search_pixels(out)
+        work.search_pixels(out, headers)
     return Deidentified(out, blacked)
 
 
@@ -227,7 +230,7 @@ class _Work:
         self, source: Dataset, tag: BaseTag, depth: int, codes: frozenset[int], *, dummy: bool, clean: bool
     ) -> DataElement | None:
         if tag in _PIXELS:
-            return source[tag] if depth == 0 else None
+            return copy(source[tag]) if depth == 0 else None  # the one given stays when pixels are changed
         if tag.group < 0x0008 or tag.element == 0 or tag == 0x00080005:
             return None
         try:
@@ -359,13 +362,18 @@ class _Work:
                         element.value = _DUMMY[element.VR]
                         break
 
-    def search_pixels(self, dataset: Dataset) -> None:
-        """Raises PeerError when a name or identifier stands in compressed pixels, where codecs allow comments."""
+    def search_pixels(self, dataset: FileDataset, headers: bytes) -> None:
+        """Raises PeerError when a name or identifier stands in compressed pixels, whatever its case.
+
+        Three letters are enough in the `headers` of codestreams; among pixels they would come by chance.
+        """
         if not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
             return
-        pixels = dataset.get("PixelData") or b""
-        if any(len(one) >= 6 and one.encode() in pixels for one in self._words | self._numbers):
-            raise PeerError("An identifier stands inside of the compressed pixels.")
+        where = ((headers.lower(), 3), (bytes(dataset.get("PixelData") or b"").lower(), 5))
+        for one in {word.casefold() for word in self._words | self._numbers}:
+            forms = {one.encode(errors="replace"), one.encode("latin-1", errors="ignore")}
+            if any(len(form) >= least and form in data for data, least in where for form in forms):
+                raise PeerError("An identifier stands inside of the compressed pixels.")
 
 
 def _telling(word: str, least: int) -> bool:

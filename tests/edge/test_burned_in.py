@@ -168,7 +168,8 @@ def test_a_header_that_speaks_of_text_is_believed() -> None:
 def test_pixels_that_cannot_be_decoded_are_refused() -> None:
     item = image(speckle())
     item.compress(RLELossless, generate_instance_uid=False)
-    item.PixelData = pydicom.encaps.encapsulate([b"no RLE segment at all"])
+    item.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+    item.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8\xff\xc0\x00\x04\x08\x00\xff\xd9"])
     item["PixelData"].is_undefined_length = True
     with pytest.raises(PeerError, match="burned-in text"):
         deidentify(item, KEY)

