@@ -81,6 +81,9 @@ def read_request(data: bytes, transfer_syntax: str) -> Asked:
     Raises:
         PeerError: it cannot be read, names nothing, or more than REFERENCES_LIMIT instances.
     """
+    item = b"\xff\xfe\xe0\x00" if transfer_syntax == "1.2.840.10008.1.2.2" else b"\xfe\xff\x00\xe0"
+    if data.count(item) > REFERENCES_LIMIT:  # before a parser makes an object of each
+        raise PeerError(f"A request names at most {REFERENCES_LIMIT} instances.")
     try:
         dataset = pydicom.filereader.read_dataset(
             BytesIO(data), transfer_syntax == "1.2.840.10008.1.2", transfer_syntax != "1.2.840.10008.1.2.2"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,14 @@ def test_attack_a_request_for_more_than_the_limit_is_refused() -> None:
             read_request(encoded(many), "1.2.840.10008.1.2.1")
     finally:
         commitment.REFERENCES_LIMIT = kept
+
+
+def test_attack_a_request_of_empty_items_is_refused_before_it_is_parsed() -> None:
+    bomb = b"\x08\x00\x99\x11SQ\0\0\xff\xff\xff\xff" + b"\xfe\xff\x00\xe0\0\0\0\0" * 500_000
+    began = time.process_time()
+    with pytest.raises(PeerError, match="at most"):
+        read_request(bomb, "1.2.840.10008.1.2.1")
+    assert time.process_time() - began < 1.0
 
 
 def test_judging_needs_class_and_instance() -> None:
