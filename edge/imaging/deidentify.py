@@ -59,11 +59,12 @@ _PIXELS = {0x7FE00001, 0x7FE00002, 0x7FE00008, 0x7FE00009, 0x7FE00010}
 _REFUSED = (
     ("1.2.840.10008.5.1.4.1.1.88.", "a structured report: its content is not cleaned"),
     ("1.2.840.10008.5.1.4.1.1.104.", "an encapsulated document: its pages are not cleaned"),
-    ("1.2.840.10008.5.1.4.1.1.9.4.", "a recording of a voice"),
+    ("1.2.840.10008.5.1.4.1.1.9.", "a waveform: its samples are not looked into"),
     ("1.2.840.10008.5.1.4.1.1.11.", "a presentation state: its annotations are not cleaned"),
-    ("1.2.840.10008.5.1.4.1.1.66", "raw data of no standard form"),
+    ("1.2.840.10008.5.1.4.1.1.66", "raw data, or points and grids that are not looked into"),
+    ("1.2.840.10008.5.1.4.1.1.91.", "a list of points that is not looked into"),
 )
-_SPATIAL = {"1", "2", "3", "4", "5", "6", "7", "8"}  # 66.1 to 66.8 are registrations, segmentations and surfaces
+_SPATIAL = {"1", "2", "4", "7", "8"}  # of 66.: registrations by matrix, fiducials, segmentations
 _SYNTAXES = {ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian}
 
 _SHORT = {"LO", "SH", "ST", "LT", "UT", "UC", "UR", "AE", "CS", "PN"}

@@ -30,6 +30,7 @@ def own_pixels(dataset: FileDataset) -> bytes:
     for name in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths"):
         if name in dataset:
             delattr(dataset, name)
+    _check_palettes(dataset)
     there = [tag for tag in _VRS if tag in dataset]
     if not there:
         return b""
@@ -42,6 +43,15 @@ def own_pixels(dataset: FileDataset) -> bytes:
     if len(element.value) > length + length % 2:
         element.value = element.value[:length] + b"\0" * (length % 2)
     return b""
+
+
+def _check_palettes(dataset: Dataset) -> None:
+    """Raises PeerError when a palette has more bytes than entries of 16 bits (PS3.3 C.7.6.3.1.5)."""
+    for data, descriptor in ((0x00281201 + index, 0x00281101 + index) for index in range(4)):
+        if data in dataset:
+            entries = (int(dataset[descriptor].value[0]) or 65536) if descriptor in dataset else 0
+            if len(dataset[data].value or b"") > 2 * entries:
+                raise PeerError("The object has a palette of more entries than its header says.")
 
 
 def _native_length(dataset: Dataset, stored: int) -> int:

@@ -357,6 +357,9 @@ def test_attack_deep_nesting_and_many_elements_are_refused() -> None:
         ("1.2.840.10008.5.1.4.1.1.104.1", "encapsulated document"),
         ("1.2.840.10008.5.1.4.1.1.11.1", "presentation state"),
         ("1.2.840.10008.5.1.4.1.1.66", "raw data"),
+        ("1.2.840.10008.5.1.4.1.1.66.5", "points and grids"),
+        ("1.2.840.10008.5.1.4.1.1.9.1.1", "waveform"),
+        ("1.2.840.10008.5.1.4.1.1.91.1", "list of points"),
         ("1.2.3.4.5", "no SOP class"),
         ("", "no SOP class"),
     ],
@@ -407,7 +410,6 @@ def named() -> FileDataset:
         (0x00282000, "OB", b"a profile that tells of Jane Doe", None),
         (0x00720067, "OF", b"Jane", None),
         (0x54001010, "OW", b"Jane Doe", None),
-        (0x00281201, "OW", b"\0\1" * 8, b"\0\1" * 8),
     ],
 )
 def test_attack_what_the_table_does_not_name_holds_no_name(tag: int, vr: str, value: Any, left: Any) -> None:

@@ -154,6 +154,20 @@ def test_attack_offset_tables_hold_offsets() -> None:
     holds(item)
 
 
+def test_attack_a_palette_holds_its_entries() -> None:
+    item = grey(PICTURE.tobytes())
+    for index in range(3):
+        item.add_new(0x00281101 + index, "US", [16, 0, 16])
+        item.add_new(0x00281201 + index, "OW", b"\0\1" * 16)
+    assert len(cleaned(item)[0].RedPaletteColorLookupTableData) == 32
+    more, lost = stored(item), stored(item)
+    more.BluePaletteColorLookupTableData += TEXT + b"\0"
+    del lost.BluePaletteColorLookupTableDescriptor
+    for one in (more, lost):
+        with pytest.raises(PeerError, match="palette"):
+            deidentify(one, KEY)
+
+
 def test_attack_a_second_kind_of_pixels_and_unknown_streams_are_refused() -> None:
     item = grey(PICTURE.tobytes())
     item.add_new("FloatPixelData", "OF", TEXT + b"\0")
