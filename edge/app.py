@@ -277,7 +277,16 @@ def run_forward(config: EdgeConfig, stop: threading.Event) -> None:
     )
     forward = Forward(
         queue,
-        Follower(intake, spool, queue, routes(config), fetches, quiet_s=config.series.quiet_s, clock=clock),
+        Follower(
+            intake,
+            spool,
+            queue,
+            routes(config),
+            fetches,
+            quiet_s=config.series.quiet_s,
+            keep_s=config.room.retention_days * 86400,
+            clock=clock,
+        ),
         {name: make_sender(peer) for name, peer in peers.items()},
         [make_fetcher(peers[name]) for name in dict.fromkeys(one.source for one in config.fetch)],
         forward_requests(config),

@@ -84,7 +84,7 @@ class Pipeline:
         delivered: Callable[[], None],
         clock: Clock,
         builder: Builder | None = None,
-        routes: Callable[[Dataset, Claimed], Decision] | None = None,
+        routes: Callable[[Path, Claimed], Decision] | None = None,
     ) -> None:
         """Takes the collaborators.
 
@@ -171,7 +171,7 @@ class Pipeline:
             with self._store.writing():  # a report, a plan, or one of our own results that came back
                 self._store.finish(claimed, "ignored")
             return
-        decision = self._routes(dataset, claimed) if self._routes else None
+        decision = self._routes(self._spool / claimed.file, claimed) if self._routes else None
         if decision and not decision.read:
             with self._store.writing():
                 self._store.finish(claimed, f"{OUTCOME}{decision.action}")

@@ -199,14 +199,14 @@ class Fetcher:
             return False
         try:
             moved = self._series(fetch) if fetch.kind == "series" else self._priors(fetch)
-            self._queue.end_fetch(fetch, "done", moved=moved)
+            self._queue.end_fetch(fetch, "done", moved=moved, next_at=now)
             self._breaker.worked()
             get_logger().info("forward.fetched", kind=fetch.kind, source=fetch.source, objects=moved)
         except LinkError as exc:
             self._breaker.failed(self._clock.monotonic())
             self._failed(fetch, now, exc.message, exc.cure)
         except (PeerError, StateError) as exc:  # too many answers, or the object that named the patient is gone
-            self._queue.end_fetch(fetch, "dead", error=exc.message, cure=exc.cure)
+            self._queue.end_fetch(fetch, "dead", error=exc.message, cure=exc.cure, next_at=now)
         except Exception as exc:  # noqa: BLE001 what one fetch finds odd must not hold up the others for ever
             self._failed(fetch, now, f"The fetch ended with {type(exc).__name__}.", "Report it with the log.")
         return True
@@ -219,7 +219,7 @@ class Fetcher:
 
     def _priors(self, fetch: Fetch) -> int:
         rule = self._rules[fetch.rule] if fetch.rule < len(self._rules) else None
-        head = read_facts_head(self._spool / fetch.file, fetch.offset, fetch.transfer_syntax)
+        head = read_facts_head(self._spool / fetch.file, fetch.offset, fetch.transfer_syntax).dataset
         patient, before = lenient_text(head, "PatientID", 64), lenient_text(head, "StudyDate", 8)
         day = _day(before)
         if rule is None or not patient or day is None:

@@ -17,11 +17,12 @@ from edge.forward.rules import Decision
 from edge.forward.schedule import BACKOFF_CAP_S, Verdict
 from edge.sqlite import insert, open_owned, transaction
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS cursors (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 
--- One row an object and destination, for ever: the same object again is not sent twice.
+-- One row an object and destination: the same object again is not sent twice. What ended is forgotten after the
+-- retention, when the object has left the spool.
 CREATE TABLE IF NOT EXISTS queue (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     destination TEXT NOT NULL,          -- name in the configuration
@@ -40,12 +41,18 @@ CREATE TABLE IF NOT EXISTS queue (
 CREATE INDEX IF NOT EXISTS queue_due ON queue (destination, state, priority, id);
 CREATE INDEX IF NOT EXISTS queue_instance ON queue (destination, sop_instance);
 
+-- What was routed, until it has left the spool: an index that is named anew is not routed again by today's rules.
+CREATE TABLE IF NOT EXISTS routed (digest TEXT PRIMARY KEY, at REAL NOT NULL);
+
+-- What the disk did not give when it was to be routed; tried again, and then a person must look.
+CREATE TABLE IF NOT EXISTS unrouted (digest TEXT PRIMARY KEY, tries INTEGER NOT NULL, next_at REAL NOT NULL);
+
 -- The last word about each peer.
 CREATE TABLE IF NOT EXISTS links (
     destination TEXT PRIMARY KEY, last_error TEXT NOT NULL, cure TEXT NOT NULL, at REAL NOT NULL
 );
 
--- One row a thing to fetch, for ever: nothing is fetched twice by rule.
+-- One row a thing to fetch: nothing is fetched twice by rule. What ended is forgotten after the retention.
 CREATE TABLE IF NOT EXISTS fetches (
     kind TEXT NOT NULL,                 -- priors, series
     source TEXT NOT NULL,               -- name of a destination
@@ -54,7 +61,8 @@ CREATE TABLE IF NOT EXISTS fetches (
     file TEXT NOT NULL, offset INTEGER NOT NULL, transfer_syntax TEXT NOT NULL,  -- an object that tells the patient
     rule INTEGER NOT NULL,              -- which [[fetch]] of the configuration, 0 the first
     state TEXT NOT NULL,                -- waiting, done, dead
-    tries INTEGER NOT NULL, next_at REAL NOT NULL, last_error TEXT NOT NULL, cure TEXT NOT NULL,
+    tries INTEGER NOT NULL, next_at REAL NOT NULL,  -- or when it ended
+    last_error TEXT NOT NULL, cure TEXT NOT NULL,
     moved INTEGER NOT NULL,             -- objects that the peer says it sent
     PRIMARY KEY (kind, source, uid)
 );
@@ -68,6 +76,7 @@ BEGUN = "transcoding began"
 PRIOR_S = 7 * 86400.0  # an archive may have to fetch from tape; later the study counts as any other
 _CONFLICT = "other bytes came before under the same SOP Instance UID"
 _CONFLICT_CURE = "Compare the two; retry sends this one as well."
+_UNKNOWN_CURE = "Look at the object; retry sends it."
 
 
 class Received(Struct, frozen=True):
@@ -210,6 +219,43 @@ class Queue:
         """Tells whether this node fetched the study as a prior lately."""
         return is_prior(self._all("SELECT at FROM priors WHERE study = ?", study), now)
 
+    def routed(self, digests: Sequence[str]) -> set[str]:
+        """Returns which of some objects were routed, or wait to be routed."""
+        marks = ", ".join("?" * len(digests))
+        question = (
+            f"SELECT digest FROM routed WHERE digest IN ({marks})"  # noqa: S608 marks
+            f" UNION SELECT digest FROM unrouted WHERE digest IN ({marks})"
+        )
+        return {str(row["digest"]) for row in self._all(question, *digests, *digests)}
+
+    def unrouted(self, now: float, limit: int) -> dict[str, int]:
+        """Returns how often some objects were tried that are to be routed again now, by digest."""
+        due = "SELECT digest, tries FROM unrouted WHERE next_at <= ? OR next_at > ? ORDER BY next_at LIMIT ?"
+        return {str(row["digest"]): int(row["tries"]) for row in self._all(due, now, now + BACKOFF_CAP_S, limit)}
+
+    def remembered(self, after: str, limit: int) -> list[str]:
+        """Returns digests of objects that were routed, in order, from the one after `after` on."""
+        rows = self._all("SELECT digest FROM routed WHERE digest > ? ORDER BY digest LIMIT ?", after, limit)
+        return [str(row["digest"]) for row in rows]
+
+    def forget(self, evicted: Sequence[str], missing: Sequence[str], before: float) -> None:
+        """Forgets that some objects were routed: those that were evicted, and those long ago that nobody knows."""
+        with self.writing() as db:
+            db.executemany("DELETE FROM routed WHERE digest = ?", [(one,) for one in evicted])
+            # An index that is being rebuilt does not know them yet.
+            db.executemany("DELETE FROM routed WHERE digest = ? AND at < ?", [(one, before) for one in missing])
+
+    def tidy(self, before: float, now: float) -> None:
+        """Forgets what ended before a time: what was sent and has left the spool, fetches, and old priors."""
+        with self.writing() as db:
+            db.execute(
+                "DELETE FROM queue WHERE state IN ('sent', 'dropped') AND COALESCE(ended_at, queued_at) < ?"
+                " AND digest NOT IN (SELECT digest FROM routed)",
+                (before,),
+            )
+            db.execute("DELETE FROM fetches WHERE state <> 'waiting' AND next_at < ?", (before,))
+            db.execute("DELETE FROM priors WHERE at < ?", (now - PRIOR_S,))
+
     def next_fetch(self, source: str, now: float) -> Fetch | None:
         """Returns what to fetch from a peer now, the oldest first."""
         columns = ", ".join(Fetch.__struct_fields__)
@@ -248,8 +294,14 @@ def is_prior(rows: Sequence[sqlite3.Row], now: float) -> bool:
     return any(abs(now - row["at"]) < PRIOR_S for row in rows)
 
 
-def enqueue(db: sqlite3.Connection, received: Received, decision: Decision, now: float) -> None:
-    """Queues an object for the destinations of a decision; inside `Queue.writing`."""
+def enqueue(db: sqlite3.Connection, received: Received, decision: Decision, now: float, unknown: str = "") -> None:
+    """Queues an object for the destinations of a decision; inside `Queue.writing`.
+
+    `unknown` says why it is not known whether the object should go there: then a person decides.
+    """
+    error, cure = (
+        (unknown, _UNKNOWN_CURE) if unknown else (_CONFLICT, _CONFLICT_CURE) if received.repeated else ("", "")
+    )
     for name in decision.destinations:
         row = {
             "destination": name,
@@ -264,15 +316,26 @@ def enqueue(db: sqlite3.Connection, received: Received, decision: Decision, now:
             "calling_ae": received.calling_ae,
             "why": decision.why,
             "priority": PRIORITIES[decision.priority],
-            # A PACS would keep one of the two and lose the other without a word: a person decides.
-            "state": "dead" if received.repeated else "waiting",
+            # Of two under one UID a PACS would keep one and lose the other without a word: a person decides.
+            "state": "dead" if error else "waiting",
             "tries": 0,
             "next_at": 0.0,
-            "last_error": _CONFLICT if received.repeated else "",
-            "cure": _CONFLICT_CURE if received.repeated else "",
+            "last_error": error,
+            "cure": cure,
             "queued_at": now,
         }
         insert(db, "queue", row, on_conflict="OR IGNORE")
+
+
+def note_routed(db: sqlite3.Connection, digest: str, now: float) -> None:
+    """Records that an object was routed; inside `Queue.writing`."""
+    insert(db, "routed", {"digest": digest, "at": now}, on_conflict="OR IGNORE")
+    db.execute("DELETE FROM unrouted WHERE digest = ?", (digest,))
+
+
+def note_unrouted(db: sqlite3.Connection, digest: str, tries: int, next_at: float) -> None:
+    """Records that an object is to be routed again; inside `Queue.writing`."""
+    insert(db, "unrouted", {"digest": digest, "tries": tries, "next_at": next_at}, on_conflict="OR REPLACE")
 
 
 def want(db: sqlite3.Connection, kind: str, source: str, rule: int, received: Received, due_at: float) -> None:

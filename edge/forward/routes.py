@@ -8,12 +8,13 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import Protocol
 
+from msgspec import Struct
 from msgspec.structs import replace
 from pydicom.dataset import Dataset
 
-from edge.forward.facts import facts_of
+from edge.forward.facts import facts_of, read_facts_head
 from edge.forward.queue import is_prior
-from edge.forward.rules import Decision, Facts, Rule, decide, without_sender
+from edge.forward.rules import Decision, Facts, Rule, decide, failing, possible, without_sender
 from edge.sqlite import open_foreign
 
 
@@ -28,6 +29,31 @@ class Arrived(Protocol):
     def sop_class(self) -> str: ...
     @property
     def study(self) -> str: ...
+
+
+class Stored(Arrived, Protocol):
+    """What intake's index tells of an object."""
+
+    @property
+    def modality(self) -> str: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def transfer_syntax(self) -> str: ...
+
+
+class Told(Struct, frozen=True):
+    """What is known of a stored object, why not all of it (empty when it is), and what follows."""
+
+    facts: Facts
+    fault: str
+    decision: Decision
+    possible: tuple[Rule, ...]  # of which one may decide, with a fault
+
+    @property
+    def uncertain(self) -> bool:
+        """Whether the decision depends on what is not known."""
+        return bool(self.fault) and any(failing(rule, self.facts) for rule in self.possible)
 
 
 class Routes:
@@ -53,9 +79,33 @@ class Routes:
         """Returns what happens to an object with these facts."""
         return without_sender(decide(self.rules, facts), facts.calling_ae, self._titles)
 
-    def __call__(self, dataset: Dataset, arrived: Arrived) -> Decision:
-        """Returns what happens to an object."""
-        return self.decide(self.facts(dataset, arrived))
+    def told(self, path: Path, stored: Stored) -> Told:
+        """Returns what happens to a stored object, by the beginning of its file and by intake's index.
+
+        Raises:
+            StateError: the file is gone or the disk fails.
+        """
+        head = read_facts_head(path, stored.offset, stored.transfer_syntax)
+        return self._told(head.dataset, head.fault, stored)
+
+    def untold(self, stored: Stored, fault: str) -> Told:
+        """As `told`, of an object that is not to be had: intake's index alone tells."""
+        return self._told(Dataset(), fault, stored)
+
+    def _told(self, head: Dataset, fault: str, stored: Stored) -> Told:
+        facts = self.facts(head, stored)
+        facts = replace(facts, modality=facts.modality or stored.modality)
+        told = () if facts.ours or facts.prior else possible(self.rules, facts)
+        return Told(facts, fault, self.decide(facts), told)
+
+    def of_rule(self, rule: Rule, calling_ae: str) -> Decision:
+        """Returns what a rule would do to an object of that sender."""
+        found = Decision(rule.action, rule.destinations, rule.priority, rule.name)
+        return without_sender(found, calling_ae, self._titles)
+
+    def __call__(self, path: Path, stored: Stored) -> Decision:
+        """Returns what happens to a stored object; see `told`."""
+        return self.told(path, stored).decision
 
 
 class Priors:

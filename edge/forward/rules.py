@@ -88,6 +88,21 @@ def decide(rules: Sequence[Rule], facts: Facts) -> Decision:
     return Decision("analyse", (), "normal", "no rule matches" if rules else "there are no rules")
 
 
+def possible(rules: Sequence[Rule], facts: Facts) -> tuple[Rule, ...]:
+    """Returns the rules of which one may decide, where the empty ones of these facts are unknown.
+
+    Without an unknown fact that matters, that is the rule that `decide` finds, or none.
+    """
+    found = []
+    for rule in rules:
+        failed = [name for name in CONDITIONS if not matches(getattr(rule, name), *_values(facts, name))]
+        if all(not getattr(facts, name) for name in failed):
+            found.append(rule)
+            if not failed:
+                break
+    return tuple(found)
+
+
 def failing(rule: Rule, facts: Facts) -> str:
     """Returns the name of the first condition of a rule that does not hold; empty when all do."""
     return next((name for name in CONDITIONS if not matches(getattr(rule, name), *_values(facts, name))), "")

@@ -34,6 +34,8 @@ class Claimed(Struct, frozen=True):
 
     digest: str
     file: str
+    offset: int
+    transfer_syntax: str
     sop_instance: str
     sop_class: str
     study: str

@@ -22,6 +22,7 @@ from tests.simulators.node import make_spool
 from tests.simulators.release import HandClock
 
 OURS = "RADFLEET"
+KEEP_S = 14 * 86400.0  # the retention
 
 
 def receive(
@@ -69,7 +70,9 @@ class ForwardingNode:
         titles = {peer.name: peer.ae_title for peer in peers}
         self.routes = Routes(rules, titles, lambda study: self.queue.is_prior(study, self.now()))
         spool, intake = state / "spool", state / "intake.sqlite"
-        self.follower = Follower(intake, spool, self.queue, self.routes, fetches, quiet_s=5.0, clock=self.clock)
+        self.follower = Follower(
+            intake, spool, self.queue, self.routes, fetches, quiet_s=5.0, keep_s=KEEP_S, clock=self.clock
+        )
         self.senders = {peer.name: self.sender(peer) for peer in peers}
 
     def now(self) -> float:

@@ -8,11 +8,11 @@ import pytest
 from pydicom.dataset import Dataset
 
 from edge.config import load_config
-from edge.forward.facts import HEAD_LIMIT_BYTES, facts_of, read_facts_head
 from edge.forward.facts import MANUFACTURER as OURS
+from edge.forward.facts import facts_of, read_facts_head
 from edge.forward.rules import Decision, Facts, Rule, decide, failing, matches, without_sender
 from edge.results.report import MANUFACTURER
-from shared.errors import ConfigError, PeerError
+from shared.errors import ConfigError
 from tests.simulators.modality import EXPLICIT, encoded, phantom_study
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -85,7 +85,9 @@ def test_facts_come_from_the_data_set_and_from_the_head_of_its_file_alike(tmp_pa
     item.SpecificCharacterSet = "ISO_IR 100"
     path = tmp_path / "x.dcm"
     path.write_bytes(b"?" * 77 + encoded(item))
-    head = read_facts_head(path, 77, EXPLICIT)
+    found = read_facts_head(path, 77, EXPLICIT)
+    head = found.dataset
+    assert not found.fault
     assert "PixelData" not in head
     one, other = (facts_of(d, calling_ae="CT1", called_ae="RADFLEET") for d in (item, head))
     assert one == other
@@ -104,11 +106,8 @@ def test_what_this_software_made_is_known_by_its_maker() -> None:
 def test_a_value_that_lies_about_its_length_allocates_nothing(tmp_path: Path) -> None:
     path = tmp_path / "x.dcm"
     path.write_bytes(b"\x08\x00\x16\x00UN\x00\x00\xf0\xff\xff\xff" + b"1" * 100)
-    try:
-        facts = facts_of(read_facts_head(path, 0, EXPLICIT), calling_ae="X")
-    except PeerError:
-        return
-    assert len(facts.sop_class) <= HEAD_LIMIT_BYTES
+    facts = facts_of(read_facts_head(path, 0, EXPLICIT).dataset, calling_ae="X")
+    assert len(facts.sop_class) <= 64
 
 
 DESTINATION = '[[destination]]\nname = "archive"\nae_title = "A"\nhost = "h"\nport = 104\n'
