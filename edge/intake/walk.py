@@ -148,9 +148,9 @@ class Walk:
             tag, length, value = self._item(at)
             if tag == _SEQUENCE_END:
                 return value
-            if tag != _ITEM or length > self._size - value:
+            if tag != _ITEM:
                 break
-            at = value + length
+            at = self._past(value, length)
         found = self._data.find(self._delimiters[1], start)  # no fragments: the first delimiter ends it
         if found < 0:
             raise CutError("The data set ends inside an element.")

@@ -229,3 +229,12 @@ def test_the_head_of_every_real_object_is_what_pydicom_reads() -> None:
         assert head.sop_instance == str(dataset.get("SOPInstanceUID", "")), path.name
         assert head.series == str(dataset.get("SeriesInstanceUID", "")), path.name
     assert compared > 200
+
+
+def test_attack_a_fragment_that_reaches_beyond_the_end_is_cut_though_a_delimiter_stands_in_it() -> None:
+    pixels = struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OB", 0, 0xFFFFFFFF)
+    table = struct.pack("<HHI", 0xFFFE, 0xE000, 0)
+    fragment = struct.pack("<HHI", 0xFFFE, 0xE000, 5000) + b"\xff\xd8" * 50
+    end = struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+    with pytest.raises(CutError):
+        list(Walk(pixels + table + fragment + end, little=True).elements(0, implicit=False))
