@@ -103,6 +103,8 @@ class Books:
         if self._forwarding:
             followed = _followed(forward, intake)
             unsent |= {row["digest"] for row in rows if row["id"] > followed}
+            again = _where_in(forward, "SELECT digest FROM unrouted WHERE digest IN ({})", rows, "digest")
+            unsent |= {row["digest"] for row in again}  # the disk did not give it when it was to be routed
         return unsent
 
 

@@ -262,6 +262,9 @@ def test_what_rules_send_on_stays_until_it_was_routed_and_taken(tmp_path: Path) 
         node.write("forward.sqlite", f"UPDATE queue SET state = '{state}'")  # noqa: S608
         assert node.later(0) == 0
     node.write("forward.sqlite", "UPDATE queue SET state = 'sent'")
+    node.write("forward.sqlite", f"INSERT INTO unrouted VALUES ('{row['digest']}', 1, 0)")  # noqa: S608
+    assert node.later(0) == 0  # the disk did not give it: it is routed later
+    node.write("forward.sqlite", "DELETE FROM unrouted")
     assert node.later(0) == 1
 
 
