@@ -83,6 +83,7 @@ _DUMMY: dict[str, Any] = {
 # Value types and relations of content items: the frame that a dummy content sequence keeps (PS3.3 C.17.3).
 _FRAME = {0x0040A040, 0x0040A010, 0x0040A050}
 _IDENTIFIERS = (0x00100020, 0x00101000, 0x00080050, 0x00380010, 0x00200010, 0x00402016, 0x00402017)
+_CLOSED = (Action.REMOVE, Action.EMPTY)  # of a sequence: its items are not walked
 _BIRTH_DATE = 0x00100030
 _DATE_FORMS = (
     "{0}{1}{2}",
@@ -338,9 +339,24 @@ class _Work:
                 self._words.update(word for word in re.split(r"[\W_]+", name) if _telling(word, 3))
         elif element.tag in _IDENTIFIERS:
             self._numbers.update(one.strip() for one in values(element.value) if _telling(one.strip(), 4))
+        elif element.VR == "SQ" and (row := row_of(element.tag)) and action_of(row, "SQ", self._options) in _CLOSED:
+            self._note_inside(element.value, 1)
         elif element.tag == _BIRTH_DATE:
             for parts in filter(None, map(_DATE.fullmatch, values(element.value))):
                 self._numbers.update(form.format(*parts.groups()) for form in _DATE_FORMS)
+
+    def _note_inside(self, items: Sequence, depth: int) -> None:
+        """Notes who is named in a sequence that goes, for what stays elsewhere."""
+        for item in items if depth <= DEPTH_LIMIT else ():
+            for tag in sorted(item.keys()):
+                try:
+                    element = item[tag]
+                except Exception:  # noqa: BLE001, S112 pydicom names no family; what cannot be read names nobody
+                    continue
+                if element.VR == "SQ":
+                    self._note_inside(element.value, depth + 1)
+                else:
+                    self._note(element)
 
     def sweep(self, dataset: Dataset) -> None:
         """Puts a dummy where a word of a name or an identifier still stands in a text; how to read pixels stays."""

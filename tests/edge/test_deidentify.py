@@ -300,6 +300,18 @@ def test_names_and_numbers_go_from_texts_that_the_table_does_not_name() -> None:
     assert result.Manufacturer == "REMOVED"
 
 
+def test_who_is_named_in_a_sequence_that_goes_goes_elsewhere_too() -> None:
+    item, other, inner = ct(), Dataset(), Dataset()
+    other.PatientID = "ALT-4471"
+    inner.PatientName = "Eberhardt^Eva"
+    other.ReferencedPatientSequence = [inner]
+    item.OtherPatientIDsSequence = [other]
+    item.Manufacturer, item.ManufacturerModelName, item.SoftwareVersions = "for Eberhardt", "ALT-4471", "V1"
+    result, data = cleaned(item)
+    assert (result.Manufacturer, result.ManufacturerModelName, result.SoftwareVersions) == ("REMOVED", "REMOVED", "V1")
+    assert b"4471" not in data
+
+
 def test_a_measure_that_looks_like_a_short_identifier_stays() -> None:
     item = ct()
     item.PatientID, item.PatientName, item.AccessionNumber = "1000", "Chrome^Original", "20261122"
