@@ -107,10 +107,14 @@ class Follower:
         return len(rows) + len(again) + len(gone)
 
     def _arrived(self, intake: sqlite3.Connection) -> tuple[str, list[sqlite3.Row]]:
+        followed, cursor = self._followed(intake)
+        return cursor, intake.execute(f"{_ROWS} WHERE id > ? ORDER BY id LIMIT ?", (followed, _BATCH)).fetchall()
+
+    def _followed(self, intake: sqlite3.Connection) -> tuple[int, str]:
+        """The last id that was taken up, and the cursor's name: a rebuilt index has another, and other ids."""
         generation = intake.execute("SELECT id FROM generation").fetchone()["id"]
-        cursor = f"intake {generation}"  # a rebuilt index gives other ids: what was routed keeps us from repeating
-        rows = intake.execute(f"{_ROWS} WHERE id > ? ORDER BY id LIMIT ?", (self._queue.cursor(cursor), _BATCH))
-        return cursor, rows.fetchall()
+        cursor = f"intake {generation}"
+        return self._queue.cursor(cursor), cursor
 
     def _again(self, intake: sqlite3.Connection) -> tuple[list[tuple[Received, int]], list[str]]:
         """What is to be tried again now, with how often it was; and what has left the spool meanwhile."""
@@ -153,6 +157,13 @@ class Follower:
         self._tidied = self._clock.monotonic()
         now = self._clock.now().timestamp()
         last = ""
+        if not self._queue.remembered(last, 1):  # a queue of an older version did not remember
+            followed, _ = self._followed(intake)
+            routed = intake.execute("SELECT digest FROM objects WHERE id <= ? AND state = 'kept'", (followed,))
+            with self._queue.writing() as db:
+                for row in routed:
+                    insert(db, "routed", {"digest": row["digest"], "at": now}, on_conflict="OR IGNORE")
+                db.execute("DELETE FROM routed WHERE digest IN (SELECT digest FROM unrouted)")
         while digests := self._queue.remembered(last, _TOGETHER):
             marks = ", ".join("?" * len(digests))
             question = f"SELECT digest, state FROM objects WHERE digest IN ({marks})"  # noqa: S608 marks

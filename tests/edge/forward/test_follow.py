@@ -178,6 +178,22 @@ def test_an_index_that_is_named_anew_is_not_routed_by_the_rules_of_today(tmp_pat
     assert rows(node, "fetches") == 0
 
 
+def test_what_an_older_version_routed_is_known(tmp_path: Path) -> None:
+    node = ForwardingNode(tmp_path, [BY_MODALITY], PEERS)
+    receive(tmp_path, radiographs(2))
+    node.follow()
+    with node.queue.writing() as db:
+        for table in ("routed", "queue"):
+            db.execute(f"DELETE FROM {table}")  # noqa: S608
+    again = ForwardingNode(tmp_path, [BY_MODALITY], PEERS)
+    assert again.follow() == 0
+    index = Index(tmp_path / "intake.sqlite")
+    index.rename()
+    index.close()
+    assert again.follow() == 2
+    assert states(again) == []
+
+
 def test_what_is_over_is_forgotten_and_nothing_else(tmp_path: Path) -> None:
     node = ForwardingNode(tmp_path, [BY_MODALITY], PEERS)
     receive(tmp_path, radiographs(3))
