@@ -108,7 +108,7 @@ def our_door(folder: Path, tls: Certificates | None = None) -> Iterator[Server]:
     command: list[str | Path] = [BIN / "radfleet-edge", "run", "--only", "intake", "--config", folder / "edge.toml"]
     child = Child("intake", command, log=folder / "intake.log")
     try:
-        child.wait_ready("our door", lambda: listens(port))
+        child.wait_ready("our door", lambda: listens(tls_port if tls else port))
         yield Server(tls_port if tls else port, child.pid)
     finally:
         child.stop()

@@ -60,7 +60,17 @@ def test_pages_of_instances_are_parts_of_one_order(tmp_path: Path, key: tuple[tu
     _add(index, [3], bytes_="other")  # other bytes under a UID: the newer ones are shown, where they came
     _add(index, [4], bytes_="away", state="evicted")
     everything = [f"1.3.{n}" for n in range(1200) if n != 3] + ["1.3.3"]
-    for offset, limit in ((0, 5), (2, 3), (495, 10), (1190, 10), (1190, 9), (1195, 20), (100, 1050), (2000, 5), (0, 1300)):
+    for offset, limit in (
+        (0, 5),
+        (2, 3),
+        (495, 10),
+        (1190, 10),
+        (1190, 9),
+        (1195, 20),
+        (100, 1050),
+        (2000, 5),
+        (0, 1300),
+    ):
         found, more = _ask(tmp_path, *key, ("offset", str(offset)), ("limit", str(limit)))
         assert found == everything[offset : offset + limit]
         assert more == (offset + limit < 1200)
