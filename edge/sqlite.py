@@ -61,6 +61,17 @@ def open_foreign(path: Path) -> sqlite3.Connection | None:
 
 
 @contextmanager
+def reading(path: Path) -> Iterator[sqlite3.Connection | None]:
+    """`open_foreign` for as long as the block runs."""
+    connection = open_foreign(path)
+    try:
+        yield connection
+    finally:
+        if connection is not None:
+            connection.close()
+
+
+@contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     """One write transaction: committed and durable at the end, rolled back when anything raises.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +13,7 @@ from msgspec import Struct
 
 from edge.forward.rules import OUTCOME
 from edge.nudge import nudge
-from edge.sqlite import open_foreign
+from edge.sqlite import reading
 from shared.errors import RadfleetError
 from shared.files import atomic_write, read_limited
 from shared.log import get_logger
@@ -100,7 +99,7 @@ class Requests:
 
 def destinations(path: Path, configured: dict[str, str]) -> list[DestinationState]:
     """Returns every destination, the configured ones first; `configured` gives where they are by name."""
-    with _reading(path) as db:
+    with reading(path) as db:
         queued = {} if db is None else _by_name(db, _QUEUED)
         links = {} if db is None else _by_name(db, "SELECT * FROM links")
     found = []
@@ -125,7 +124,7 @@ def destinations(path: Path, configured: dict[str, str]) -> list[DestinationStat
 
 def dead_letters(path: Path, *, limit: int = DEAD_SHOWN) -> list[DeadLetter]:
     """Returns what destinations did not take, newest first."""
-    with _reading(path) as db:
+    with reading(path) as db:
         if db is None:
             return []
         rows = db.execute(
@@ -138,7 +137,7 @@ def dead_letters(path: Path, *, limit: int = DEAD_SHOWN) -> list[DeadLetter]:
 
 def fetches(path: Path) -> list[FetchState]:
     """Returns the fetches by source, kind and state."""
-    with _reading(path) as db:
+    with reading(path) as db:
         if db is None:
             return []
         rows = db.execute(
@@ -150,7 +149,7 @@ def fetches(path: Path) -> list[FetchState]:
 
 def not_read(results: Path) -> dict[str, int]:
     """Returns how many objects rules kept from the models, by action."""
-    with _reading(results) as db:
+    with reading(results) as db:
         if db is None:
             return {}
         rows = db.execute(
@@ -170,13 +169,3 @@ _QUEUED = (
 def _by_name(db: sqlite3.Connection, question: str) -> dict[str, sqlite3.Row]:
     rows: Sequence[sqlite3.Row] = db.execute(question).fetchall()
     return {str(row["destination"]): row for row in rows}
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[sqlite3.Connection | None]:
-    db = open_foreign(path)
-    try:
-        yield db
-    finally:
-        if db is not None:
-            db.close()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from msgspec import Struct
 from edge.results.documents import png
 from edge.results.picture import evidence_alpha
 from edge.results.tables import AnswerRecord
-from edge.sqlite import open_foreign
+from edge.sqlite import reading
 from shared.errors import PeerError
 
 _ANSWER = msgspec.msgpack.Decoder(AnswerRecord)
@@ -79,7 +77,7 @@ class Counts(Struct, frozen=True):
 
 def worklist(results: Path, labels: Path, *, limit: int = 500) -> list[WorklistRow]:
     """Returns the latest version of every answer, newest first; empty while nothing was answered."""
-    with _reading(results) as db:
+    with reading(results) as db:
         if db is None:
             return []
         rows = db.execute(
@@ -97,7 +95,7 @@ def worklist(results: Path, labels: Path, *, limit: int = 500) -> list[WorklistR
 
 def answer_detail(results: Path, answer: str, version: int | None = None) -> AnswerRecord | None:
     """Returns one version of an answer, the latest by default; None when there is none."""
-    with _reading(results) as db:
+    with reading(results) as db:
         row = _answer_row(db, answer, version, "record")
     return _ANSWER.decode(row["record"]) if row else None
 
@@ -108,7 +106,7 @@ def image_png(results: Path, answer: str, version: int | None = None) -> bytes:
     Raises:
         PeerError: there is no such answer, or no head read it.
     """
-    with _reading(results) as db:
+    with reading(results) as db:
         row = _answer_row(db, answer, version, "record, display")
     if row is None:
         raise PeerError("There is no such answer.")
@@ -138,7 +136,7 @@ def evidence_png(results: Path, answer: str, version: int | None = None) -> byte
 
 def versions(results: Path, answer: str) -> list[int]:
     """Returns the versions of an answer, oldest first."""
-    with _reading(results) as db:
+    with reading(results) as db:
         if db is None:
             return []
         rows = db.execute("SELECT version FROM answers WHERE answer = ? ORDER BY version", (answer,))
@@ -147,7 +145,7 @@ def versions(results: Path, answer: str) -> list[int]:
 
 def quarantine(results: Path, *, limit: int = 500) -> list[QuarantineRow]:
     """Returns what could not be read and why, newest first."""
-    with _reading(results) as db:
+    with reading(results) as db:
         if db is None:
             return []
         rows = db.execute("SELECT * FROM quarantine ORDER BY at DESC LIMIT ?", (limit,)).fetchall()
@@ -156,14 +154,14 @@ def quarantine(results: Path, *, limit: int = 500) -> list[QuarantineRow]:
 
 def withheld(cases: Path, case: str) -> str:
     """Returns why a confirmed case in cases.sqlite is kept out of learning; empty when it is not."""
-    with _reading(cases) as db:
+    with reading(cases) as db:
         row = db.execute('SELECT reason FROM withheld WHERE "case" = ?', (case,)).fetchone() if db else None
     return str(row["reason"]) if row else ""
 
 
 def counts(results: Path) -> Counts:
     """Returns the node's counters."""
-    with _reading(results) as db:
+    with reading(results) as db:
         if db is None:
             return Counts(0, 0, 0, 0, "")
 
@@ -221,7 +219,7 @@ def _model_input(record: AnswerRecord) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def _labels(path: Path) -> dict[str, tuple[str, str]]:
-    with _reading(path) as db:
+    with reading(path) as db:
         if db is None:
             return {}
         rows = db.execute("SELECT answer_id, label, by FROM labels ORDER BY serial").fetchall()
@@ -238,13 +236,3 @@ def _answer_row(db: sqlite3.Connection | None, answer: str, version: int | None,
         values,
     ).fetchone()
     return row
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[sqlite3.Connection | None]:
-    db = open_foreign(path)
-    try:
-        yield db
-    finally:
-        if db is not None:
-            db.close()
