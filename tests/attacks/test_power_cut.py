@@ -22,6 +22,8 @@ from edge.intake.commitment import WELL_KNOWN_INSTANCE
 from edge.intake.part import Arriving
 from edge.intake.status import Outcome
 from edge.results.store import Store
+from edge.sqlite import reading
+from scripts.lab.child import wait_until
 from scripts.lab.door import door_process
 from tests.simulators.modality import EXPLICIT, associate, encoded, phantom_study, storescu, write_files
 from tests.simulators.node import make_spool
@@ -56,8 +58,17 @@ def record(folder: Path, items: Sequence[FileDataset], senders: int = 1) -> Reco
     with door_process(state, before=traced(trace)) as door, ThreadPoolExecutor(senders) as pool:
         for sent in pool.map(lambda part: storescu(door.port, part), [files[n::senders] for n in range(senders)]):
             assert sent.returncode == 0, sent.stderr
+        # A door killed inside its last write leaves bytes that no trace tells of.
+        wait_until("the last write", lambda: ended(state / "intake.sqlite") == senders)
     shutil.rmtree(folder / "send")
     return Recorded(state, read_trace(trace))
+
+
+def ended(index: Path) -> int:
+    """How many associations the index of a spool knows to be over."""
+    with reading(index) as database:
+        assert database is not None
+        return int(database.execute("SELECT COUNT(*) FROM associations").fetchone()[0])
 
 
 @pytest.fixture(scope="module", params=[1, 4], ids=["one sender", "four senders"])
