@@ -7,7 +7,8 @@ length of its body (four bytes, big endian) and the body:
     B  begin, a msgpack `Arriving`
     D  data, a piece of the data set as received
     E  end of the object
-    A  the answer to E, a msgpack `Answer`
+    R  end of an object that the web process refuses, a msgpack (outcome, reason): its bytes go to the quarantine
+    A  the answer to E or R, a msgpack `Answer`
 
 A connection that ends inside an object leaves nothing behind; its end is what the end of an association is.
 """
@@ -37,12 +38,9 @@ PIECE_BYTES = 256 * 1024
 MAX_CONNECTIONS = 8
 IDLE_S = 120.0  # a connection that says nothing for so long is closed
 ANSWER_S = 120.0  # how long the web process waits for the answer to one object
-# PS3.18 table I.2-2: SOP class, transfer syntax not supported
-CLASS_UNKNOWN = 0x0122
-SYNTAX_UNKNOWN = 0xC122
 
 _HEAD = struct.Struct(">cI")
-_BEGIN_BYTES = 8192  # of a begin message; the names in it are short
+_SHORT_BYTES = 8192  # of a message that is no data; the names in it are short
 
 
 class Answer(Struct, frozen=True):
@@ -142,37 +140,41 @@ class Handover:
             self._ended(visits)
 
     def _take(self, connection: socket.socket, arriving: Arriving, visit: Visit) -> Answer:
-        """Reads one object to its end and returns its one answer; what is refused is read and dropped."""
-        answer = self._not_negotiable(arriving)
+        """Reads one object to its end and returns its one answer."""
+        answer: Answer | None = None  # where there is no room: the rest is read and dropped
         part: Part | None = None
         try:
-            while (piece := _read_piece(connection)) is not None:
-                visit.bytes += len(piece)
+            while (step := _read_step(connection))[0] == b"D":
+                visit.bytes += len(step[1])
                 if answer is not None:
                     continue
                 try:
                     part = part or self._spool.begin(arriving)
-                    part.write(piece)
+                    part.write(step[1])
                 except RadfleetError as exc:
                     answer = self._refused(exc)
+            refused = _refusal(step[1]) if step[0] == b"R" else self._not_negotiable(arriving)
         except BaseException:
             if part is not None:
                 part.discard()
             raise
-        return answer or self._finish(part)
+        return answer or self._finish(arriving, part, refused)
 
-    def _not_negotiable(self, arriving: Arriving) -> Answer | None:
+    def _not_negotiable(self, arriving: Arriving) -> RefusedError | None:
         """Refuses what the DICOM door would refuse in the negotiation of presentation contexts."""
         if arriving.sop_class not in self._storage:
-            return Answer(CLASS_UNKNOWN, "refused", "The SOP class is no storage class that is known here.")
+            return RefusedError(Outcome.CLASS_UNKNOWN, "The SOP class is no storage class that is known here.")
         if arriving.transfer_syntax not in self._syntaxes:
-            return Answer(SYNTAX_UNKNOWN, "refused", "The transfer syntax is not known here.")
+            return RefusedError(Outcome.SYNTAX_UNKNOWN, "The transfer syntax is not known here.")
         return None
 
-    def _finish(self, part: Part | None) -> Answer:
-        if part is None:
-            return self._refused(RefusedError(Outcome.CUT, "The data set is empty."))
+    def _finish(self, arriving: Arriving, part: Part | None, refused: RefusedError | None) -> Answer:
         try:
+            part = part or self._spool.begin(arriving)  # an empty one
+            if refused is not None:
+                self._spool._refuse(part, refused)
+                part.discard()
+                return self._refused(refused)
             outcome = self._spool.finish(part)
         except RadfleetError as exc:
             return self._refused(exc)
@@ -234,18 +236,26 @@ class Handing:
     async def finish(self) -> Answer:
         """Ends the object and returns what became of it: when it says stored, it is durable."""
         await self._send(b"E", b"")
-        try:
-            async with asyncio.timeout(ANSWER_S):
-                letter, length = _HEAD.unpack(await self._reader.readexactly(_HEAD.size))
-                if letter != b"A" or length > _BEGIN_BYTES:
-                    raise LinkError("The intake process answered something else.")
-                return msgspec.msgpack.decode(await self._reader.readexactly(length), type=Answer)
-        except (OSError, EOFError, TimeoutError, msgspec.MsgspecError) as exc:
-            raise LinkError("The intake process gave no answer.", cure="Send the object again.") from exc
+        return await self._answer()
+
+    async def refuse(self, outcome: Outcome, reason: str) -> Answer:
+        """Ends an object that is refused; its bytes are in the quarantine when this returns."""
+        await self._send(b"R", msgspec.msgpack.encode((outcome.value, reason)))
+        return await self._answer()
 
     def close(self) -> None:
         """Ends the connection; an object that was not finished is dropped at the other end."""
         self._writer.close()
+
+    async def _answer(self) -> Answer:
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                letter, length = _HEAD.unpack(await self._reader.readexactly(_HEAD.size))
+                if letter != b"A" or length > _SHORT_BYTES:
+                    raise LinkError("The intake process answered something else.")
+                return msgspec.msgpack.decode(await self._reader.readexactly(length), type=Answer)
+        except (OSError, EOFError, TimeoutError, msgspec.MsgspecError) as exc:
+            raise LinkError("The intake process gave no answer.", cure="Send the object again.") from exc
 
     async def _send(self, letter: bytes, body: bytes) -> None:
         try:
@@ -264,7 +274,7 @@ def _read_begin(connection: socket.socket) -> Arriving | None:
     if not head:
         return None
     letter, length = _HEAD.unpack(head)
-    if letter != b"B" or length > _BEGIN_BYTES:
+    if letter != b"B" or length > _SHORT_BYTES:
         raise PeerError("A handover begins with something else.")
     try:
         return msgspec.msgpack.decode(_exactly(connection, length), type=Arriving)
@@ -272,13 +282,19 @@ def _read_begin(connection: socket.socket) -> Arriving | None:
         raise PeerError("A handover begins with something else.") from exc
 
 
-def _read_piece(connection: socket.socket) -> bytes | None:
+def _read_step(connection: socket.socket) -> tuple[bytes, bytes]:
+    """Returns the letter, D, E or R, and the body of the next message."""
     letter, length = _HEAD.unpack(_exactly(connection, _HEAD.size))
-    if letter == b"E" and length == 0:
-        return None
-    if letter != b"D" or length > PIECE_BYTES:
+    if length > {b"D": PIECE_BYTES, b"E": 0, b"R": _SHORT_BYTES}.get(letter, -1):
         raise PeerError("A piece of a handover is something else.")
-    return _exactly(connection, length)
+    return letter, _exactly(connection, length)
+
+
+def _refusal(body: bytes) -> RefusedError:
+    try:
+        return RefusedError(*msgspec.msgpack.decode(body, type=tuple[Outcome, str]))
+    except msgspec.MsgspecError as exc:
+        raise PeerError("A refusal is something else.") from exc
 
 
 def _exactly(connection: socket.socket, length: int, *, may_end: bool = False) -> bytes:

@@ -1,4 +1,4 @@
-"""Every answer of the DICOM door to a C-STORE in one table: our reason, the standard's status."""
+"""Every answer to a C-STORE or a part of a STOW-RS request in one table: our reason, the standard's status."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ class Outcome(StrEnum):
     CUT = "cut"  # the data set ends before its own lengths say so
     BAD_UID = "bad_uid"  # the command's SOP Instance UID is not a UID
     FAULT = "fault"  # our disk or index failed, or a defect of ours
+    NOT_DICOM = "not_dicom"  # by HTTP: no DICOM file, or its file meta information cannot be read
+    CLASS_UNKNOWN = "class_unknown"  # by HTTP: what the DICOM door refuses in negotiation
+    SYNTAX_UNKNOWN = "syntax_unknown"  # by HTTP: the same
 
 
 STATUS: dict[Outcome, int] = {
@@ -29,6 +32,10 @@ STATUS: dict[Outcome, int] = {
     Outcome.CUT: 0xC000,  # Error: Cannot understand
     Outcome.BAD_UID: 0x0117,  # Invalid SOP Instance (PS3.7 annex C.4.4)
     Outcome.FAULT: 0x0110,  # Processing Failure (PS3.7 annex C.4.2): the sender may try again
+    Outcome.NOT_DICOM: 0xC000,  # these three: PS3.18 table I.2-2
+    Outcome.CLASS_UNKNOWN: 0x0122,
+    Outcome.SYNTAX_UNKNOWN: 0xC122,
 }
 
 KEPT = frozenset({Outcome.STORED, Outcome.DUPLICATE, Outcome.CONFLICT, Outcome.IDENTITY_CONFLICT})
+BY_HTTP = frozenset({Outcome.NOT_DICOM, Outcome.CLASS_UNKNOWN, Outcome.SYNTAX_UNKNOWN})  # no C-STORE gets these

@@ -23,7 +23,7 @@ from edge.intake.door import ARTIM_S, IDLE_S
 from edge.intake.meta import IMPLEMENTATION_NAME, IMPLEMENTATION_UID
 from edge.intake.part import OBJECT_LIMIT_BYTES
 from edge.intake.peers import MAX_ASSOCIATIONS, PEER_ASSOCIATIONS
-from edge.intake.status import STATUS, Outcome
+from edge.intake.status import BY_HTTP, STATUS, Outcome
 from edge.intake.syntaxes import STORAGE_COMMITMENT, VERIFICATION, storage_classes, transfer_syntaxes
 from edge.intake.tls import SUITES
 from edge.web.dicomweb import media, routes
@@ -205,7 +205,10 @@ def _answers() -> list[str]:
         "status says by number. What is refused is kept in a quarantine under a quota and shown to nobody but an",
         "administrator.",
         "",
-        *_rows(("outcome", "status", "meaning"), ((one.value, f"{STATUS[one]:04X}", MEANING[one]) for one in STATUS)),
+        *_rows(
+            ("outcome", "status", "meaning"),
+            ((one.value, f"{STATUS[one]:04X}", MEANING[one]) for one in STATUS if one not in BY_HTTP),
+        ),
         f"Requests of other services on an accepted context get {services.UNRECOGNIZED_OPERATION:04X} (Unrecognized"
         " Operation).",
         "",

@@ -17,6 +17,7 @@ from pydicom.filereader import _read_file_meta_info  # reads a group 2 with or w
 from edge.intake.handover import Answer
 from edge.intake.head import DEFLATED
 from edge.intake.part import Arriving
+from edge.intake.status import STATUS, Outcome
 from edge.web.dicomweb.elements import Header, Json
 from edge.web.dicomweb.incoming import Event, Incoming, PartBegins, PartData
 from edge.web.dicomweb.media import DICOM, content_type
@@ -30,8 +31,8 @@ SILENCE_S = 60.0  # a body that brings nothing for so long is given up
 
 # PS3.18 table I.2-2 and PS3.4 table B.2-1
 PROCESSING_FAILURE = 0x0110
-CANNOT_UNDERSTAND = 0xC000
-OTHER_STUDY = 0xA900  # Data Set does not match: the address names another study
+CANNOT_UNDERSTAND = STATUS[Outcome.NOT_DICOM]
+OTHER_STUDY = STATUS[Outcome.MISMATCH]  # the address names another study
 _PREAMBLE = 128
 _NAME_LENGTH = 128  # no UID is longer than 64: a longer one is refused as none
 
@@ -50,6 +51,7 @@ class Sink(Protocol):
     async def begin(self, arriving: Arriving) -> None: ...
     async def write(self, data: bytes) -> None: ...
     async def finish(self) -> Answer: ...
+    async def refuse(self, outcome: Outcome, reason: str) -> Answer: ...
 
 
 class Result(Struct, frozen=True):
@@ -71,7 +73,8 @@ class Stow:
         self._start = bytearray()  # of the current part, until it was announced
         self._arriving: Arriving | None = None
         self._announced = False
-        self._answer: Answer | None = None  # a part that was refused here is read and dropped
+        self._refused: tuple[Outcome, str] | None = None  # why the current part goes to the quarantine
+        self._answer: Answer | None = None  # a part that has its answer already is read and dropped
         self._away: LinkError | None = None
 
     async def take(self, chunks: AsyncIterator[bytes], incoming: Incoming) -> None:
@@ -104,7 +107,7 @@ class Stow:
         if len(self.results) >= PARTS:
             raise TooMuchError(f"A request may have {PARTS} parts.")
         self._start.clear()
-        self._arriving, self._announced, self._answer = None, False, None
+        self._arriving, self._announced, self._refused, self._answer = None, False, None, None
         media, _ = content_type(event.headers.get("content-type", DICOM))
         if media != DICOM:
             self._answer = Answer(CANNOT_UNDERSTAND, "refused", "The part is not application/dicom.")
@@ -113,28 +116,33 @@ class Stow:
         if self._answer is not None:
             return
         try:
-            if self._announced:
-                await self._sink.write(data)
-                return
-            self._start += data
-            if self._arriving is None:
-                self._arriving = self._read_meta(last=last)
-            if self._arriving is not None and self._study_fits(self._arriving, last=last):
-                await self._sink.begin(self._arriving)
-                await self._sink.write(bytes(self._start))
-                self._announced = True
+            if not self._announced:
+                self._start += data
+                if not self._is_decided(last=last):
+                    return
+                await self._sink.begin(self._arriving or self._source("", "", ""))
+                self._announced, data = True, bytes(self._start)
                 self._start.clear()
+            await self._sink.write(data)
         except LinkError as exc:
             self._link_lost(exc)
+
+    def _is_decided(self, *, last: bool) -> bool:
+        """Tells whether enough came to announce the object, or to refuse it; then `_refused` says why."""
+        try:
+            if self._arriving is None:
+                self._arriving = self._read_meta(last=last)
+            return self._arriving is not None and self._study_is_known(self._arriving, last=last)
         except PeerError as exc:
-            self._answer = self._answer or Answer(CANNOT_UNDERSTAND, "refused", exc.message)
+            self._refused = Outcome.NOT_DICOM, exc.message
+            return True
 
     async def _end(self) -> None:
         if not self._announced:
             await self._data(b"", last=True)
         if self._answer is None:
             try:
-                self._answer = await self._sink.finish()
+                self._answer = await (self._sink.refuse(*self._refused) if self._refused else self._sink.finish())
             except LinkError as exc:
                 self._link_lost(exc)
         arriving = self._arriving or Arriving("", "", "")
@@ -177,16 +185,15 @@ class Stow:
         del start[: file.tell()]
         return self._source(*names)
 
-    def _study_fits(self, arriving: Arriving, *, last: bool) -> bool:
-        """Tells whether the object may be announced; False: more of it must be seen first."""
+    def _study_is_known(self, arriving: Arriving, *, last: bool) -> bool:
+        """Tells whether the object may be announced, refused or not; False: more of it must be seen first."""
         if not self._study:
             return True
         found = study_of(bytes(self._start), arriving.transfer_syntax, whole=last)
         if not found and not last and len(self._start) < STUDY_BYTES:
             return False
         if found != self._study:
-            self._answer = Answer(OTHER_STUDY, "mismatch", "The object belongs to another study than the address.")
-            return False
+            self._refused = Outcome.MISMATCH, "The object belongs to another study than the address."
         return True
 
 

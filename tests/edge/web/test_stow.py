@@ -18,7 +18,7 @@ import pydicom
 import pytest
 from pydicom.dataset import FileDataset
 
-from edge.intake.handover import CLASS_UNKNOWN, SYNTAX_UNKNOWN, Answer
+from edge.intake.handover import Answer
 from edge.intake.part import Arriving
 from edge.intake.status import STATUS, Outcome
 from edge.web.dicomweb import stow
@@ -74,6 +74,13 @@ def stored(node: DicomWebNode) -> list[str]:
     return sorted(row["sop_instance"] for row in node.spool.index.rows("SELECT sop_instance FROM objects"))
 
 
+def quarantine(node: DicomWebNode) -> list[tuple[str, bytes]]:
+    """What was refused, and the bytes that are kept of it."""
+    rows = node.spool.index.rows("SELECT file, outcome, length FROM quarantine ORDER BY rowid")
+    files = [(node.folder / "quarantine" / row["file"]).read_bytes() for row in rows]
+    return [(row["outcome"], data[len(data) - row["length"] :]) for row, data in zip(rows, files, strict=True)]
+
+
 def leftovers(node: DicomWebNode) -> list[Path]:
     return list((node.folder / "spool").glob(".*.part"))
 
@@ -117,13 +124,15 @@ def test_some_refused_is_202_and_all_refused_is_409(node: DicomWebNode, client: 
     assert leftovers(node) == []
 
 
-def test_what_the_door_would_not_negotiate_is_refused(client: httpx.Client) -> None:
+def test_what_the_door_would_not_negotiate_is_refused(node: DicomWebNode, client: httpx.Client) -> None:
     strange, mpeg = item(1), item(2)
     strange.SOPClassUID = strange.file_meta.MediaStorageSOPClassUID = "1.2.3.4"
     mpeg.file_meta.TransferSyntaxUID = pydicom.uid.UID("1.2.3.5")
     raw = as_file(item(2)).replace(EXPLICIT.encode() + b"\0", b"1.2.840.99999.1.2.1\0", 1)
     answer = post(client, body(as_file(strange), raw))
-    assert (answer.status_code, reasons(answer)) == (409, [CLASS_UNKNOWN, SYNTAX_UNKNOWN])
+    assert (answer.status_code, reasons(answer)) == (409, [0x0122, 0xC122])  # PS3.18 table I.2-2
+    data = encoded(item(2))
+    assert quarantine(node) == [("class_unknown", encoded(strange)), ("syntax_unknown", data)]
 
 
 def test_an_object_whose_meta_contradicts_it_is_refused(client: httpx.Client) -> None:
@@ -141,6 +150,7 @@ def test_the_study_of_the_address_is_checked_before_anything_is_stored(
     assert (answer.status_code, reasons(answer)) == (202, [stow.OTHER_STUDY])
     assert answer.json()["00081190"]["Value"][0].endswith(f"/studies/{mine.StudyInstanceUID}")
     assert stored(node) == [mine.SOPInstanceUID]
+    assert quarantine(node) == [("mismatch", encoded(other))]
 
 
 @pytest.mark.parametrize("pieces", [1, 7, 100, 4096])
@@ -265,6 +275,8 @@ class TestHostile:
         answer = post(client, body(part, as_file(item(1))))
         assert (answer.status_code, reasons(answer, "0008119A")) == (202, [stow.CANNOT_UNDERSTAND])
         assert stored(node) == [item(1).SOPInstanceUID]
+        assert quarantine(node) == [("not_dicom", part)]
+        assert leftovers(node) == []
 
     def test_a_nested_multipart_is_no_dicom(self, node: DicomWebNode, client: httpx.Client) -> None:
         inner = body(as_file(item(1))).replace(BOUNDARY.encode(), b"inner")
@@ -337,6 +349,7 @@ class TestHandover:
             b"B\0\0\0\x01x",
             b"E\0\0\0\0",
             b"D\0\0\0\x01x",
+            b"R\0\0\0\x01x",
         ],
     )
     def test_nonsense_ends_the_connection_and_nothing_else(
