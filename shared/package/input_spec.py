@@ -16,6 +16,8 @@ from msgspec import Struct
 from shared.errors import PeerError
 
 Array = npt.NDArray[Any]
+_COUNTED = (np.dtype(np.uint8), np.dtype(np.int8), np.dtype(np.uint16), np.dtype(np.int16))
+_EXACT_COUNT = 2**24  # the largest number up to which float32 holds every integer
 MAX_SIDE = 16_384  # pixels; a larger frame is refused before anything is allocated for it
 
 
@@ -73,7 +75,7 @@ def to_model_input(pixels: Array, meaning: PixelMeaning, spec: InputSpec) -> npt
     image = pixels.astype(np.float32) * np.float32(meaning.slope) + np.float32(meaning.intercept)  # (H, W)
     if not np.isfinite(image).all():
         raise PeerError("The frame holds values that are not finite.")
-    low, high = _range(image, spec.intensity)
+    low, high = _range(pixels, meaning, image, spec.intensity)
     unit = np.clip((image - low) / max(high - low, 1e-6), 0.0, 1.0)  # (H, W) 0..1
     if meaning.inverted:
         unit = 1.0 - unit
@@ -87,8 +89,51 @@ def as_tensor(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     return np.asarray(images[:, None].astype(np.float32) / np.float32(255.0), dtype=np.float32)
 
 
-def _range(image: npt.NDArray[np.float32], intensity: Window | Percentile) -> tuple[float, float]:
+def _range(
+    pixels: Array, meaning: PixelMeaning, image: npt.NDArray[np.float32], intensity: Window | Percentile
+) -> tuple[float, float]:
+    """The ends of the intensity rule; `image` (H, W) is `pixels` (H, W) in modality units."""
     if isinstance(intensity, Window):
         return intensity.center - intensity.width / 2, intensity.center + intensity.width / 2
+    if pixels.dtype in _COUNTED:
+        return _counted(pixels, meaning, intensity)
     low, high = np.percentile(image, [intensity.low, intensity.high])
     return float(low), float(high)
+
+
+def _counted(pixels: Array, meaning: PixelMeaning, intensity: Percentile) -> tuple[float, float]:
+    """The percentiles of integers of up to 16 bits, by counting: to the bit those of `np.percentile`, without a sort.
+
+    What was stored is counted, and what is looked up is mapped afterwards: the modality LUT keeps or turns the order.
+    """
+    counts = _histogram(pixels)
+    values = np.arange(np.iinfo(pixels.dtype).min, np.iinfo(pixels.dtype).max + 1).astype(np.float32)
+    values = values * np.float32(meaning.slope) + np.float32(meaning.intercept)
+    if meaning.slope < 0:
+        counts, values = counts[::-1], values[::-1]
+    upto = np.cumsum(counts)  # how many pixels are no larger than each value
+    where = (pixels.size - 1) * (np.array([intensity.low, intensity.high]) / 100)  # ranks, from 0, with a fraction
+    below = np.floor(where)
+    previous = values[np.searchsorted(upto, below, side="right")]
+    following = values[np.searchsorted(upto, np.minimum(below + 1, pixels.size - 1), side="right")]
+    low, high = _between(previous, following, where - below)
+    return float(low), float(high)
+
+
+def _between(
+    low: npt.NDArray[np.float32], high: npt.NDArray[np.float32], share: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Linear interpolation from the nearer end, as NumPy does it."""
+    apart = high - low
+    return np.where(share >= 0.5, high - apart * (1 - share), low + apart * share)
+
+
+def _histogram(pixels: Array) -> npt.NDArray[np.int64]:
+    """Returns how often each value of an integer dtype of up to 16 bits occurs, from the smallest value on."""
+    bits = pixels.dtype.itemsize * 8
+    counts = np.zeros(2**bits, dtype=np.int64)
+    rows = max(1, _EXACT_COUNT // pixels.shape[1])
+    for start in range(0, pixels.shape[0], rows):  # OpenCV counts in float32
+        part = np.ascontiguousarray(pixels[start : start + rows]).view(f"u{pixels.dtype.itemsize}")
+        counts += cv2.calcHist([part], [0], None, [2**bits], [0, 2**bits]).ravel().astype(np.int64)
+    return np.roll(counts, 2 ** (bits - 1)) if pixels.dtype.kind == "i" else counts
