@@ -184,6 +184,7 @@ def run_uplink(config: EdgeConfig, stop: threading.Event) -> None:
 
 def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
     """Answers studies until `stop`: the main path, the model swap between studies, and delivery to the PACS."""
+    from edge.imaging.reading import Reader
     from edge.inference.engine import Engine, load_engine
     from edge.inference.golden import golden_proof
     from edge.pipeline import Models, Pipeline
@@ -220,7 +221,7 @@ def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
         sender.start()
     drops = state / "outbox" / "drop"
     drops.mkdir(parents=True, exist_ok=True)
-    builder = Builder()
+    reader, builder = Reader(), Builder()
     pipeline = Pipeline(
         store,
         state / "spool",
@@ -234,6 +235,7 @@ def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
         enqueue=partial(drop, drops) if config.learning.features == "features" else None,
         delivered=sender.wake if sender else lambda: None,
         clock=clock,
+        read=reader.read,
         builder=builder,
         routes=routes(config) if config.rules or config.fetch else None,
     )
@@ -242,6 +244,7 @@ def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
     while not stop.is_set():
         if not pipeline.step():
             ear.wait(PIPELINE_LOOK_S)
+    reader.close()
     builder.close()
     if sender:
         sender.stop()

@@ -17,26 +17,22 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 from msgspec.structs import replace
-from pydicom.dataset import Dataset
 
 from edge.forward.rules import OUTCOME, Decision
-from edge.imaging.read import ImageHead, decode_frames, describe, open_object
-from edge.imaging.route import NotAssessed, route
+from edge.imaging.reading import Opened, Reads, pixels_of, read_object
 from edge.inference.decide import SliceOutputs, decide, is_blank, pool
 from edge.inference.engine import Engine, Outputs
 from edge.results import compose
 from edge.results.cases import CaseStore, Confirmations, Enqueue
 from edge.results.compose import Serving
 from edge.results.documents import Builder, Documents, build_documents, finished
-from edge.results.report import MANUFACTURER
-from edge.results.series import Rules, announcement, completeness, reopened
+from edge.results.series import Rules, completeness, mixed, reopened
 from edge.results.stopwatch import Stopwatch
 from edge.results.store import MAX_TRIES, Claimed, OpenSeries, Store
 from edge.results.tables import AnswerRecord, SliceRecord
 from shared.clock import Clock
 from shared.errors import PeerError, StateError
 from shared.log import get_logger
-from shared.package.input_spec import to_model_input
 from shared.package.manifest import Head, Manifest
 
 _MODELS_EVERY_S = 0.25
@@ -83,6 +79,7 @@ class Pipeline:
         enqueue: Enqueue | None,
         delivered: Callable[[], None],
         clock: Clock,
+        read: Reads = read_object,
         builder: Builder | None = None,
         routes: Callable[[Path, Claimed], Decision] | None = None,
     ) -> None:
@@ -102,6 +99,7 @@ class Pipeline:
             "off".
             delivered: wakes the sender when documents wait for the PACS.
             clock: the time.
+            read: opens and decodes objects: in a process of its own (`edge.imaging.reading.Reader`), or in this one.
             builder: builds documents and looks for burned-in text in a process of its own; None does both here, between
             two studies.
             routes: tells whether the configured rules let the models read an object; None reads everything.
@@ -113,6 +111,7 @@ class Pipeline:
         self._rules = rules
         self._delivered = delivered
         self._clock = clock
+        self._open = read
         self._builder = builder
         self._routes = routes
         self._building: tuple[AnswerRecord, Future[Documents]] | None = None
@@ -165,42 +164,42 @@ class Pipeline:
     def _read(self, claimed: Claimed) -> None:
         watch = Stopwatch(self._clock, wait_ms=(self._now() - claimed.stored_at) * 1e3)
         serving = Serving(*self._models.serving())
-        dataset = open_object(self._spool / claimed.file)  # read
-        image = describe(dataset)
-        if not image.has_pixels or image.manufacturer == MANUFACTURER:
-            with self._store.writing():  # a report, a plan, or one of our own results that came back
-                self._store.finish(claimed, "ignored")
-            return
         decision = self._routes(self._spool / claimed.file, claimed) if self._routes else None
         if decision and not decision.read:
             with self._store.writing():
                 self._store.finish(claimed, f"{OUTCOME}{decision.action}")
             return
-        head = route(serving.manifest.heads, image)
-        if isinstance(head, NotAssessed):
-            self._keep_slice(claimed, dataset, image, serving, None, head.reason, [])
+        opened, frames = self._open(self._spool / claimed.file, serving.manifest.heads)  # read
+        image = opened.image
+        if image.ours or not (image.has_pixels or image.rows):
+            with self._store.writing():  # a report, a plan, or one of our own results that came back
+                self._store.finish(claimed, "ignored")
             return
+        if not image.has_pixels:
+            raise PeerError("The image has no pixel data.")
+        if not opened.head:
+            self._keep_slice(claimed, opened, serving, None, [])
+            return
+        head = serving.manifest.head(opened.head)
         read: list[_Read] = []
-        watch.lap("read")
-        for index, frame in enumerate(decode_frames(dataset, image)):
-            watch.lap("decode")
-            pixels = to_model_input(frame.pixels, frame.meaning, head.input)  # preprocess
-            watch.lap("preprocess")
+        watch.took(read=opened.read_ms)
+        for index, seen in enumerate(frames):  # decode, preprocess
+            watch.took(decode=seen.decode_ms, preprocess=seen.preprocess_ms)
+            pixels = pixels_of(seen, head)
             outputs = self._infer(serving, pixels)  # infer, explain
             watch.lap("infer")
-            read.append((compose.slice_record(claimed, image, index, head, outputs), pixels, outputs))
+            read.append((compose.slice_record(claimed, image, index, seen.stack, head, outputs), pixels, outputs))
         if not read:
             raise PeerError("The object holds no frame.")
         if head.series:
-            self._keep_slice(claimed, dataset, image, serving, head, "", read)
+            self._keep_slice(claimed, opened, serving, head, read)
         else:
-            self._answer_image(claimed, dataset, image, serving, head, read[0][0], pixels, outputs, watch)
+            self._answer_image(claimed, opened, serving, head, read[0][0], pixels, outputs, watch)
 
     def _answer_image(
         self,
         claimed: Claimed,
-        dataset: Dataset,
-        image: ImageHead,
+        opened: Opened,
         serving: Serving,
         head: Head,
         one: SliceRecord,
@@ -208,6 +207,7 @@ class Pipeline:
         outputs: Outputs,
         watch: Stopwatch,
     ) -> None:
+        image = opened.image
         logits, features = _vector(one.logits), _vector(one.features)
         decided = decide(head, logits, features)  # decide
         if is_blank(pixels):
@@ -233,7 +233,7 @@ class Pipeline:
             timings=watch.laps,
         )
         with self._store.writing():
-            self._store.note_study(compose.study_row(dataset, image, claimed))
+            self._store.note_study(compose.study_row(opened.texts, image, claimed))
             stored = self._store.add_answer(record)
             self._store.finish(claimed, "answered")
         watch.lap("record")
@@ -243,14 +243,13 @@ class Pipeline:
     def _keep_slice(
         self,
         claimed: Claimed,
-        dataset: Dataset,
-        image: ImageHead,
+        opened: Opened,
         serving: Serving,
         head: Head | None,
-        reason: str,
         read: list[_Read],
     ) -> None:
         """Keeps what the frames of one object say until their series is complete."""
+        image = opened.image
         name = head.name if head else ""
         series = OpenSeries(
             answer=compose.answer_id(image.study, image.series, "", name),
@@ -258,7 +257,7 @@ class Pipeline:
             series=image.series,
             head=name,
             package=serving.digest,
-            reason=reason,
+            reason=opened.reason,
             subject=compose.subject_of(image, self._site_key, image.series),
             association=claimed.association,
             pending_since=claimed.stored_at,
@@ -267,7 +266,7 @@ class Pipeline:
         )
         if head is None:
             read = [(compose.unread_slice(claimed, image), _NO_IMAGE, None)]
-        study, announced = compose.study_row(dataset, image, claimed), announcement(dataset)
+        study, announced = compose.study_row(opened.texts, image, claimed), opened.announced
 
         def write() -> bool:
             self._store.note_study(study)
@@ -334,6 +333,9 @@ class Pipeline:
             key, stored_image = self._store.peak(series.answer, decided.chosen)
             shown = slices[key]
             image = np.frombuffer(stored_image, np.uint8).reshape(head.input.height, head.input.width)
+            why = mixed(one.stack for one in slices.values())
+            if why or is_blank(image):
+                decided = replace(decided, reason=why or "the images are blank")
             watch.lap("decide")
         record = compose.answer_record(
             answer=series.answer,

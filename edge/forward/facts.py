@@ -14,10 +14,9 @@ from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 
 from edge.forward.rules import Facts
-from edge.imaging.read import body_part, lenient_text
+from edge.imaging.read import MANUFACTURER, body_part, lenient_text
 from shared.errors import StateError
 
-MANUFACTURER = "Radfleet"  # as edge.results.report writes it; a test holds that they are the same
 IMPLICIT = "1.2.840.10008.1.2"
 BIG_ENDIAN = "1.2.840.10008.1.2.2"
 DEFLATED = "1.2.840.10008.1.2.1.99"

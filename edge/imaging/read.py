@@ -30,6 +30,8 @@ pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
 OBJECT_LIMIT_BYTES = 1024 * 1024 * 1024  # larger objects are kept, not read
 DECODED_LIMIT_BYTES = 1024 * 1024 * 1024  # of all frames together
 FRAME_LIMIT = 8192
+PIXELS_LIMIT = 8192 * 8192  # of one frame: preprocessing takes sixteen bytes a pixel
+MANUFACTURER = "Radfleet"  # of our own reports and pictures
 PHANTOM_MANUFACTURER = "Radfleet phantom"
 
 # CID 4031 codes for the regions that heads name, for objects with AnatomicRegionSequence and no
@@ -41,6 +43,8 @@ _REGIONS = {
     "T-A0100": "BRAIN",
     "69536005": "HEAD",
 }
+_ORIENTATION = "ImageOrientationPatient"
+_PLANES = ("sagittal", "coronal", "axial")  # whose normals are x, y and z
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
 
@@ -63,12 +67,25 @@ class ImageHead(Struct, frozen=True):
     columns: int
     frames: int
     samples: int
+    photometric: str  # PhotometricInterpretation
     has_pixels: bool
+
+    @property
+    def ours(self) -> bool:
+        """True for results of this node or another of ours."""
+        return self.manufacturer == MANUFACTURER
 
     @property
     def phantom(self) -> bool:
         """True for images that Radfleet itself drew."""
         return self.manufacturer == PHANTOM_MANUFACTURER
+
+
+class Stack(Struct, frozen=True, array_like=True):
+    """What all slices that are read as one must share; empty where a slice does not say it."""
+
+    plane: str = ""  # axial, coronal or sagittal: the nearest one
+    kernel: str = ""  # ConvolutionKernel of a CT
 
 
 class Frame(Struct, frozen=True):
@@ -78,6 +95,7 @@ class Frame(Struct, frozen=True):
 
     pixels: npt.NDArray[Any]
     meaning: PixelMeaning
+    stack: Stack = Stack()
 
 
 def open_object(path: Path) -> Dataset:
@@ -116,6 +134,7 @@ def describe(dataset: Dataset) -> ImageHead:
             columns=_int(dataset, "Columns", 0),
             frames=_int(dataset, "NumberOfFrames", 1),
             samples=_int(dataset, "SamplesPerPixel", 1),
+            photometric=_text(dataset, "PhotometricInterpretation").upper(),
             has_pixels=any(name in dataset for name in _PIXELS),
         )
     for name in ("study", "series", "sop_instance"):
@@ -167,6 +186,8 @@ def check_size(dataset: Dataset, head: ImageHead) -> None:
     bits = _int(dataset, "BitsAllocated", 0)
     if not (0 < head.rows <= MAX_SIDE and 0 < head.columns <= MAX_SIDE and 0 < head.frames <= FRAME_LIMIT):
         raise PeerError(f"{head.rows} x {head.columns} x {head.frames} frames are outside of the limits.")
+    if head.rows * head.columns > PIXELS_LIMIT:
+        raise PeerError(f"A frame has {head.rows * head.columns} pixels, the limit is {PIXELS_LIMIT}.")
     if bits not in (8, 16, 32, 64):
         raise PeerError(f"{bits} bits allocated are not supported.")
     decoded = head.rows * head.columns * head.frames * head.samples * bits // 8
@@ -184,24 +205,43 @@ def _frame(dataset: Dataset, index: int, pixels: npt.NDArray[Any]) -> Frame:
         _text(dataset, "PhotometricInterpretation") == "MONOCHROME1"
         or _text(dataset, "PresentationLUTShape") == "INVERSE"
     )
+    stack = Stack(_plane(dataset, index), _kernel(dataset, index))
     if dataset.get("ModalityLUTSequence"):
-        return Frame(np.asarray(apply_modality_lut(pixels, dataset)), PixelMeaning(inverted=inverted))
-    rescale = _rescale(dataset, index)
+        return Frame(np.asarray(apply_modality_lut(pixels, dataset)), PixelMeaning(inverted=inverted), stack)
+    rescale = _of_frame(dataset, index, "RescaleSlope", "PixelValueTransformationSequence")
     slope = float(rescale.get("RescaleSlope") or 1.0)
     intercept = float(rescale.get("RescaleIntercept") or 0.0)
-    return Frame(pixels, PixelMeaning(slope, intercept, inverted))
+    return Frame(pixels, PixelMeaning(slope, intercept, inverted), stack)
 
 
-def _rescale(dataset: Dataset, index: int) -> Dataset:
-    """The item that holds RescaleSlope: in enhanced objects per frame or shared (PS3.3 C.7.6.16.2.9)."""
-    if "RescaleSlope" in dataset:
+def _of_frame(dataset: Dataset, index: int, name: str, macro: str) -> Dataset:
+    """The item that holds an attribute: in enhanced objects a macro, per frame or shared (PS3.3 C.7.6.16)."""
+    if name in dataset:
         return dataset
-    for name, item in (("PerFrameFunctionalGroupsSequence", index), ("SharedFunctionalGroupsSequence", 0)):
-        groups = dataset.get(name)
-        if groups and item < len(groups) and groups[item].get("PixelValueTransformationSequence"):
-            found: Dataset = groups[item].PixelValueTransformationSequence[0]
+    for groups_name, item in (("PerFrameFunctionalGroupsSequence", index), ("SharedFunctionalGroupsSequence", 0)):
+        groups = dataset.get(groups_name)
+        if groups and item < len(groups) and groups[item].get(macro):
+            found: Dataset = groups[item][macro][0]
             return found
     return dataset
+
+
+def _plane(dataset: Dataset, index: int) -> str:
+    """The plane nearest to ImageOrientationPatient (PS3.3 C.7.6.2.1.1); empty when it cannot be told."""
+    given = _list(_of_frame(dataset, index, _ORIENTATION, "PlaneOrientationSequence").get(_ORIENTATION))
+    try:
+        axes = np.array([float(value) for value in given]).reshape(2, 3)
+    except (TypeError, ValueError):
+        return ""
+    normal = np.abs(np.cross(axes[0], axes[1]))
+    if not 0.9 < float(normal.sum()) < 2:  # no two unit vectors at right angles
+        return ""
+    return _PLANES[int(np.argmax(np.round(normal, 1)))]  # rounded: oblique slices of one stack fall on one side
+
+
+def _kernel(dataset: Dataset, index: int) -> str:
+    held = _of_frame(dataset, index, "ConvolutionKernel", "CTReconstructionSequence").get("ConvolutionKernel")
+    return "\\".join(str(one).strip(" \0") for one in _list(held))[:64]
 
 
 def body_part(dataset: Dataset) -> str:
@@ -219,7 +259,10 @@ def _text(dataset: Dataset, name: str) -> str:
 
 def _int(dataset: Dataset, name: str, default: int) -> int:
     value = dataset.get(name)
-    return default if value in (None, "") else int(str(value))
+    number = default if value in (None, "") else int(str(value))
+    if not 0 <= number < 2**32:
+        raise ValueError(name)
+    return number
 
 
 def _list(value: Any) -> list[Any]:

@@ -9,6 +9,8 @@ from msgspec import Struct
 from edge.imaging.read import ImageHead
 from shared.package.manifest import Head
 
+_GREY = ("MONOCHROME1", "MONOCHROME2", "")  # what does not say is left to the decoder
+
 
 class NotAssessed(Struct, frozen=True):
     """No head reads this image; `reason` is shown to the radiologist as it stands."""
@@ -22,7 +24,8 @@ def route(heads: Sequence[Head], image: ImageHead) -> Head | NotAssessed:
     for_part = [head for head in for_modality if _takes_part(head, image.body_part)]
     for_view = [head for head in for_part if not head.views or not image.view or image.view in head.views]
     able = [head for head in for_view if head.series or image.frames == 1]
-    if able and image.samples == 1 and "LOCALIZER" not in image.kind:
+    colour = image.samples != 1 or image.photometric not in _GREY
+    if able and not colour and "LOCALIZER" not in image.kind:
         return able[0]
     if not for_modality:
         reason = f"no model reads modality {image.modality or '(empty)'}"
@@ -33,7 +36,7 @@ def route(heads: Sequence[Head], image: ImageHead) -> Head | NotAssessed:
     elif not able:
         reason = f"{image.frames} frames in one projection image are not assessed"
     else:
-        reason = "a colour image is not assessed" if image.samples != 1 else "a localizer is not assessed"
+        reason = "a colour image is not assessed" if colour else "a localizer is not assessed"
     return NotAssessed(reason)
 
 

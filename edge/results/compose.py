@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
-from pydicom.dataset import Dataset
 
 from edge.imaging.pseudonym import case_pseudonym, is_held_out
-from edge.imaging.read import ImageHead, worklist_texts
+from edge.imaging.read import ImageHead, Stack
 from edge.inference.decide import Answer
 from edge.inference.engine import Engine, Outputs
 from edge.results.store import Claimed
@@ -46,12 +45,14 @@ def subject_of(image: ImageHead, site_key: bytes, uid: str) -> Subject:
     )
 
 
-def study_row(dataset: Dataset, image: ImageHead, claimed: Claimed) -> dict[str, str | float]:
-    """Returns the worklist's row of a study; it stays on the node."""
-    return {"study": image.study, **worklist_texts(dataset), "first_stored_at": claimed.stored_at}
+def study_row(texts: Mapping[str, str], image: ImageHead, claimed: Claimed) -> dict[str, str | float]:
+    """Returns the worklist's row of a study, `texts` being `worklist_texts`; it stays on the node."""
+    return {"study": image.study, **texts, "first_stored_at": claimed.stored_at}
 
 
-def slice_record(claimed: Claimed, image: ImageHead, frame: int, head: Head, outputs: Outputs) -> SliceRecord:
+def slice_record(
+    claimed: Claimed, image: ImageHead, frame: int, stack: Stack, head: Head, outputs: Outputs
+) -> SliceRecord:
     """Returns what one frame says to one head: the head's own classes out of the outputs of one image."""
     classes = slice(head.offset, head.offset + len(head.classes))
     evidence = outputs.evidence[0, classes]  # (C, h, w)
@@ -62,6 +63,7 @@ def slice_record(claimed: Claimed, image: ImageHead, frame: int, head: Head, out
         evidence_shape=(evidence.shape[0], evidence.shape[1], evidence.shape[2]),
         features=outputs.features[0].astype("<f4").tobytes(),
         stored_at=claimed.stored_at,
+        stack=stack,
     )
 
 

@@ -18,9 +18,8 @@ from msgspec import structs
 from pydicom.dataset import Dataset
 from pydicom.uid import RLELossless
 
-from edge.imaging.read import Frame
+from edge.imaging.read import MANUFACTURER, Frame
 from edge.results.report import (
-    MANUFACTURER,
     SERIES_NUMBER,
     Document,
     document_uid,

@@ -34,12 +34,11 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.uid import UID
 
-from edge.imaging.read import lenient_text
+from edge.imaging.read import MANUFACTURER, lenient_text
 from edge.results.store import inputs_digest
 from edge.results.tables import AnswerRecord, InputRef
 
 RESEARCH_ONLY = "Research use only, not for diagnosis"
-MANUFACTURER = "Radfleet"
 SERIES_NUMBER = {"report": 9101, "picture": 9102}  # high, so that they do not collide with the modality's
 
 _PROBABILITY = Code("122157", "DCM", "Probability")

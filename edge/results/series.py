@@ -6,10 +6,12 @@ brought them, quiet time, and a hard limit. A late object opens the series again
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from msgspec import Struct
 from pydicom.dataset import Dataset
 
-from edge.imaging.read import lenient_text
+from edge.imaging.read import Stack, lenient_text
 
 ANNOUNCED_LIMIT = 100_000  # objects of one series; larger counts are not believed
 WHOLE = ""  # what is announced is the series, and not one of its acquisitions
@@ -83,6 +85,16 @@ def announcement(dataset: Dataset) -> tuple[str, int] | None:
     if count > 1:  # some scanners write 1 into every image
         return f"acquisition {_count(dataset, 'AcquisitionNumber')}", count
     return None
+
+
+def mixed(stacks: Iterable[Stack]) -> str:
+    """Returns why slices cannot be read as one stack, or nothing; what a slice does not say divides nothing."""
+    seen = set(stacks)
+    planes = {one.plane for one in seen if one.plane}
+    kernels = {one.kernel for one in seen if one.kernel}
+    if len(planes) > 1:
+        return f"the series mixes {len(planes)} orientations"
+    return f"the series mixes {len(kernels)} reconstruction kernels" if len(kernels) > 1 else ""
 
 
 def reopened(complete: str, late: int) -> str:

@@ -16,5 +16,15 @@ class Stopwatch:
     def lap(self, stage: str) -> None:
         """Ends a stage."""
         now = self._clock.monotonic()
-        self.laps[stage] = self.laps.get(stage, 0.0) + (now - self._last) * 1e3
+        self._put(stage, (now - self._last) * 1e3)
         self._last = now
+
+    def took(self, **stages: float) -> None:
+        """Ends several stages, of which another process measured the milliseconds; what is left is "handover"."""
+        for stage, ms in stages.items():
+            self._put(stage, ms)
+        self.lap("handover")
+        self.laps["handover"] = max(0.0, self.laps["handover"] - sum(stages.values()))
+
+    def _put(self, stage: str, ms: float) -> None:
+        self.laps[stage] = self.laps.get(stage, 0.0) + ms

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from edge.imaging.read import Stack
 from shared.package.input_spec import InputSpec
 from shared.package.manifest import ModelClass
 
@@ -133,6 +134,7 @@ class SliceRecord(Struct, frozen=True, array_like=True):
     evidence_shape: tuple[int, int, int]
     features: bytes  # (D,)
     stored_at: float
+    stack: Stack = Stack()
 
 
 class AnswerRecord(Struct, frozen=True):

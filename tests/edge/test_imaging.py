@@ -174,7 +174,7 @@ def image(**changes: object) -> ImageHead:
     plain = ImageHead(
         study="1.2", series="1.3", sop_instance="1.4", sop_class="1.5", modality="DX", body_part="CHEST",
         view="PA", patient_id="P1", manufacturer="M", kind=("ORIGINAL",), rows=10, columns=10, frames=1,
-        samples=1, has_pixels=True,
+        samples=1, photometric="MONOCHROME2", has_pixels=True,
     )  # fmt: skip
     return replace(plain, **changes)
 
@@ -204,6 +204,7 @@ def test_an_image_goes_to_its_head(changes: dict[str, object], head: str) -> Non
         ({"view": "LL"}, "view LL"),
         ({"frames": 12}, "12 frames"),
         ({"samples": 3}, "colour"),
+        ({"photometric": "PALETTE COLOR"}, "colour"),
         ({"modality": "CT", "kind": ("ORIGINAL", "PRIMARY", "LOCALIZER")}, "localizer"),
     ],
 )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from edge.forward.routes import Routes
+from edge.imaging.reading import Reader, read_object
 from edge.inference.engine import OnnxEngine, load_engine
 from edge.intake.door import Door
 from edge.intake.peers import AllowList, Peer
@@ -104,6 +105,7 @@ def make_pipeline(
     quiet_s: float = 0.5,
     builder: Builder | None = None,
     routes: Routes | None = None,
+    reader: Reader | None = None,
 ) -> Pipeline:
     return Pipeline(
         Store(state / "results.sqlite", state / "intake.sqlite"),
@@ -118,6 +120,7 @@ def make_pipeline(
         enqueue=enqueue,
         delivered=lambda: None,
         clock=clock or SystemClock(),
+        read=reader.read if reader else read_object,
         builder=builder,
         routes=routes,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from edge.forward import reading
 from edge.forward.peer import Peer
 from edge.forward.rules import Rule
-from edge.results.report import MANUFACTURER
+from edge.imaging.read import MANUFACTURER
 from tests.simulators.forwarding import ForwardingNode, radiographs, receive
 from tests.simulators.node import make_pipeline, run_until_idle
 
