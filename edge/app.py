@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, cast
 
 from edge.config import EdgeConfig
 from edge.identity import read_identity
-from edge.nudge import Ear, nudge
+from edge.nudge import Ear, Nudge
 from shared.clock import SystemClock
 from shared.errors import ConfigError, StateError
 from shared.files import atomic_write, read_limited
@@ -116,13 +116,14 @@ def run_intake(config: EdgeConfig, stop: threading.Event) -> None:
     )
     allow = allow_list(config)
     chosen = ports(config)
+    nudge = Nudge(config.run_folder / "pipeline.sock")
     door = Door(
         spool,
         ae_title=dicom.ae_title,
         host=dicom.host,
         port=None if dicom.tls and dicom.tls.only else chosen["dicom"],
         allow=allow,
-        nudge=lambda: nudge(config.run_folder / "pipeline.sock"),
+        nudge=nudge,
         clock=clock,
         tls=Tls(dicom.tls.certificate, dicom.tls.key, dicom.tls.ca, dicom.tls.profile) if dicom.tls else None,
         tls_port=chosen.get("dicom_tls", 0),
@@ -133,7 +134,7 @@ def run_intake(config: EdgeConfig, stop: threading.Event) -> None:
         spool,
         storage=storage_classes(dicom.private_classes),
         syntaxes=transfer_syntaxes(),
-        nudge=lambda: nudge(config.run_folder / "pipeline.sock"),
+        nudge=nudge,
     )
     reports = Reports(door.commitments, allow, send=sender(dicom.ae_title), clock=clock)
     keeper = Keeper(
@@ -339,7 +340,7 @@ def run_web(config: EdgeConfig, stop: threading.Event) -> None:
     studies = Studies(
         state / "results.sqlite",
         labels,
-        labelled=lambda: nudge(config.run_folder / "pipeline.sock"),
+        labelled=Nudge(config.run_folder / "pipeline.sock"),
         report=lambda: node_report(state, journal.reports(), clock_trusted=True),
         link=lambda: link_state(state),
         degraded=lambda: degraded_reason(state),

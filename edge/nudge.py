@@ -10,12 +10,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def nudge(path: Path) -> None:
-    """Wakes whoever listens at `path`; says nothing when nobody does, or when there is no descriptor left."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        sender.setblocking(False)
-        with short_name(path) as name:
-            sender.sendto(b"!", name)
+class Nudge:
+    """Wakes whoever listens at `path`, from any thread; says nothing when nobody does. Keeps its socket: the door
+    nudges after every object."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._name = str(path) if len(os.fsencode(path)) <= _NAME_BYTES else ""
+        self._sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._sender.setblocking(False)
+
+    def __call__(self) -> None:
+        """Sends the nudge."""
+        with contextlib.suppress(OSError):
+            if self._name:
+                self._sender.sendto(b"!", self._name)
+            else:
+                with short_name(self._path) as name:
+                    self._sender.sendto(b"!", name)
+
+
+_NAME_BYTES = 107  # what the kernel takes
 
 
 class Ear:

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from edge.config import EdgeConfig
 from edge.enrolment import renew_if_due
 from edge.identity import NodeIdentity, read_identity
-from edge.nudge import Ear, nudge
+from edge.nudge import Ear, Nudge
 from edge.report import node_report
 from edge.slots.fetch import Fetcher
 from edge.slots.journal import Journal
@@ -152,5 +152,5 @@ def _fetcher(
         download=port.download,
         providers=onnxruntime.get_available_providers(),
         now=now,
-        nudge=lambda: nudge(config.run_folder / "pipeline.sock"),
+        nudge=Nudge(config.run_folder / "pipeline.sock"),
     ).step

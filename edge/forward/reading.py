@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from edge.forward.rules import OUTCOME
-from edge.nudge import nudge
+from edge.nudge import Nudge
 from edge.sqlite import reading
 from shared.errors import RadfleetError
 from shared.files import atomic_write, read_limited
@@ -79,13 +79,13 @@ class Requests:
     def __init__(self, folder: Path, ear: Path) -> None:
         """`folder` is made when needed; `ear` is the forward process's socket."""
         self._folder = folder
-        self._ear = ear
+        self._nudge = Nudge(ear)
 
     def leave(self, request: Request) -> None:
         """Leaves a request and wakes the process; durable when it returns."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         atomic_write(self._folder / f"{secrets.token_hex(8)}.json", msgspec.json.encode(request))
-        nudge(self._ear)
+        self._nudge()
 
     def take(self) -> Iterator[Request]:
         """Yields what was left; a request is removed after its turn, so after a crash it is taken again."""

@@ -8,6 +8,7 @@ is the service's business (`Services`); how the bytes travel is this file's.
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 from collections.abc import Mapping
 from typing import Protocol
@@ -20,6 +21,7 @@ from shared.clock import Clock
 
 MAX_PDU_BYTES = 128 * 1024
 _COMMAND_LIMIT_BYTES = 64 * 1024
+_COARSE_S = 5.0  # longer waits are rounded up to whole seconds
 _PARTING_S = 2.0  # how long the peer may take to hang up after the last word
 _STALL_S = (0.03, 0.25)  # a wait of this length inside a message is Nagle's algorithm meeting a delayed acknowledgement
 
@@ -80,6 +82,7 @@ class Association:
     def __init__(self, sock: socket.socket, services: Services, *, clock: Clock, artim_s: float, idle_s: float) -> None:
         self.waits = Waits()
         self._sock = sock
+        self._patience_s = -1.0  # the socket's timeout
         self._services = services
         self._now = clock.monotonic
         self._artim_s = artim_s
@@ -240,7 +243,8 @@ class Association:
         if left <= 0:
             raise PeerGoneError("silent")
         try:
-            self._sock.settimeout(left)
+            # Whole seconds where it does not matter, so that the timeout is set once and not for every message.
+            self._be_patient(math.ceil(left) if left > _COARSE_S else left)
             got = self._sock.recv_into(self._view[self._end :])
             # The kernel forgets it after a while; without it a sender with Nagle's algorithm on waits 40 ms.
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
@@ -262,10 +266,15 @@ class Association:
 
     def _send(self, data: bytes) -> None:
         try:
-            self._sock.settimeout(self._idle_s)
+            self._be_patient(math.ceil(self._idle_s) if self._idle_s > _COARSE_S else self._idle_s)
             self._sock.sendall(data)
         except (OSError, ValueError) as exc:
             raise PeerGoneError("lost") from exc
+
+    def _be_patient(self, seconds: float) -> None:
+        if seconds != self._patience_s:
+            self._sock.settimeout(seconds)
+            self._patience_s = seconds
 
     def _say(self, data: bytes) -> None:
         """Sends what nobody needs to hear."""

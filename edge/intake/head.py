@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 import re
 import zlib
 from pathlib import Path
@@ -33,6 +34,7 @@ _WANTED = {
 _PATIENT_ID = 0x00100020
 _TAKEN = frozenset({_PATIENT_ID, *_WANTED})
 _VALUE_BYTES = 4096  # longer values are skipped, never read
+_COPIED_BYTES = 256 * 1024  # up to here a copy costs less than a mapping
 _INFLATED_KEPT_BYTES = 4 * 1024 * 1024  # of a deflated data set only the beginning is looked at
 INFLATED_LIMIT_BYTES = 512 * 1024 * 1024  # a deflate bomb is given up here
 
@@ -65,14 +67,26 @@ def read_head(path: Path, offset: int, transfer_syntax: str) -> DatasetHead:
         CutError: an element or a sequence reaches beyond the end, or the deflate stream has no end.
     """
     with path.open("rb") as file:
-        if path.stat().st_size <= offset:
-            raise CutError("The data set is empty.")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            if transfer_syntax == DEFLATED:
-                beginning, fault = _inflate(view, offset)
-                head = _walk(beginning, 0, transfer_syntax, whole=False)
-                return msgspec.structs.replace(head, fault=fault or head.fault)
-            return _walk(view, offset, transfer_syntax, whole=True)
+        return read_head_of(file.fileno(), offset, transfer_syntax)
+
+
+def read_head_of(descriptor: int, offset: int, transfer_syntax: str) -> DatasetHead:
+    """`read_head` of an open file."""
+    size = os.fstat(descriptor).st_size
+    if size <= offset:
+        raise CutError("The data set is empty.")
+    if size <= _COPIED_BYTES:
+        return _head(os.pread(descriptor, size, 0), offset, transfer_syntax)
+    with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as view:
+        return _head(view, offset, transfer_syntax)
+
+
+def _head(view: bytes | mmap.mmap, offset: int, transfer_syntax: str) -> DatasetHead:
+    if transfer_syntax == DEFLATED:
+        beginning, fault = _inflate(view, offset)
+        head = _walk(beginning, 0, transfer_syntax, whole=False)
+        return msgspec.structs.replace(head, fault=fault or head.fault)
+    return _walk(view, offset, transfer_syntax, whole=True)
 
 
 def _walk(data: bytes | mmap.mmap, offset: int, transfer_syntax: str, *, whole: bool) -> DatasetHead:
@@ -143,7 +157,7 @@ def _text(value: bytes) -> str:
     return value.decode("ascii", "replace").strip(" \0")[:64]
 
 
-def _inflate(view: mmap.mmap, offset: int) -> tuple[bytes, str]:
+def _inflate(view: bytes | mmap.mmap, offset: int) -> tuple[bytes, str]:
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     kept = bytearray()
     total, position, pending = 0, offset, b""

@@ -134,24 +134,27 @@ class Index:
         """Returns the rows stored under a SOP Instance UID, oldest first."""
         return self.rows("SELECT * FROM objects WHERE sop_instance = ? ORDER BY id", sop_instance)
 
-    def known(self, digest: str) -> sqlite3.Row | None:
-        """Returns the row of an object's digest."""
-        found = self.rows("SELECT * FROM objects WHERE digest = ?", digest)
-        return found[0] if found else None
+    def beside(self, objects: Sequence[tuple[str, str]]) -> list[sqlite3.Row]:
+        """Returns the rows that have the digest or the SOP Instance UID of one of the objects, oldest first."""
+        marks = ", ".join("?" * len(objects))
+        return self.rows(
+            f"SELECT * FROM objects WHERE digest IN ({marks}) OR sop_instance IN ({marks}) ORDER BY id",  # noqa: S608 marks
+            *(digest for digest, _ in objects),
+            *(instance for _, instance in objects),
+        )
 
-    def add(self, objects: Sequence[Mapping[str, Any]]) -> list[bool]:
-        """Adds rows in one transaction and tells of each whether it was new; flags older rows of a conflict.
+    def add(self, objects: Sequence[Mapping[str, Any]], *, again: Sequence[str] = ()) -> None:
+        """Adds rows, unless their digests are there, in one transaction; flags older rows of a conflict.
 
-        The row of an evicted object that came again takes its place anew, under a new id.
+        The row of an evicted object that came again (its digest is in `again`) takes its place anew, under a new id.
         """
         with self._writing() as db:
-            added = []
+            for digest in again:
+                db.execute("DELETE FROM objects WHERE digest = ? AND state = ?", (digest, EVICTED))
             for row in objects:
-                db.execute("DELETE FROM objects WHERE digest = ? AND state = ?", (row["digest"], EVICTED))
-                added.append(insert(db, "objects", row, on_conflict="OR IGNORE"))
+                insert(db, "objects", row, on_conflict="OR IGNORE")
                 if row["conflict"]:
                     db.execute("UPDATE objects SET conflict = 1 WHERE sop_instance = ?", (row["sop_instance"],))
-            return added
 
     def evict(self, digests: Sequence[str], promised_before: float) -> list[str]:
         """Marks objects whose files are about to go, and returns their files; durable, so that no lost file is ever

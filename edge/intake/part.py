@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
+import itertools
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -18,6 +18,7 @@ from shared.log import get_logger
 OBJECT_LIMIT_BYTES = 4 * 1024 * 1024 * 1024
 _CHECK_EVERY_BYTES = 4 * 1024 * 1024  # the disk is asked for room once in so many bytes
 _WRITE_BUFFER_BYTES = 64 * 1024
+_NUMBERS = itertools.count()  # every start begins with a spool without parts
 
 
 class Arriving(Struct, frozen=True):
@@ -60,15 +61,16 @@ class Part:
     def __init__(self, folder: Path, room: Room, arriving: Arriving, received_at: float) -> None:
         self.arriving = arriving
         self.received_at = received_at
-        self.path = folder / f".{secrets.token_hex(8)}.part"
+        self.path = folder / f".{next(_NUMBERS)}.part"
         self.length = 0
         self.file: BinaryIO | None = None
+        self._moved = False
         self._room = room
         self._digest = hashlib.sha256(arriving.transfer_syntax.encode() + b"\0")
         self._asked = 0
         room.ask_quota(0, arriving.limit_bytes)
         try:
-            self.file = self.path.open("xb", buffering=_WRITE_BUFFER_BYTES)
+            self.file = self.path.open("x+b", buffering=_WRITE_BUFFER_BYTES)
             preamble = file_meta(
                 arriving.sop_class,
                 arriving.sop_instance,
@@ -109,9 +111,16 @@ class Part:
         """SHA-256 over transfer syntax and data set: the object's name."""
         return self._digest.hexdigest()
 
+    def move(self, target: Path) -> None:
+        """Gives the file another name, under which it stays; OSError when that fails."""
+        self.path.rename(target)
+        self._moved = True
+
     def discard(self) -> None:
         """Removes the temporary file; never raises, safe to call again. What stays goes at the next start."""
         self.close()
+        if self._moved:
+            return
         try:
             self.path.unlink(missing_ok=True)
         except OSError as exc:  # a disk that turned read-only: the answer must go out all the same

@@ -24,7 +24,7 @@ from msgspec import Struct, structs
 from pydicom.filereader import read_file_meta_info
 
 from edge.intake import index as states
-from edge.intake.head import DatasetHead, read_head, same_pixels, valid_uid
+from edge.intake.head import DatasetHead, read_head, read_head_of, same_pixels, valid_uid
 from edge.intake.index import Index, Visit
 from edge.intake.part import OBJECT_LIMIT_BYTES, Arriving, Part, RefusedError
 from edge.intake.status import Outcome
@@ -36,6 +36,9 @@ from shared.log import get_logger
 
 QUARANTINE_LIMIT_BYTES = 5_000_000_000
 _FREE_RESERVE_BYTES = 64 * 1024 * 1024  # left on the disk for the databases
+
+
+Rows = Sequence[Mapping[str, Any] | sqlite3.Row]
 
 
 class _Object(Struct):
@@ -59,6 +62,8 @@ class _Ticket:
         self.object = one
         self.outcome: Outcome | None = None
         self.error: BaseException | None = None
+        self.turn = threading.Lock()  # released when the ticket is done, or when its thread is to commit next
+        self.turn.acquire()
 
     @property
     def done(self) -> bool:
@@ -83,7 +88,8 @@ class Spool:
         self._quarantine_limit_bytes = quarantine_limit_bytes
         self._clock = clock
         self._queue: list[_Ticket] = []
-        self._queue_lock = threading.Lock()
+        self._led = False  # whether some thread commits, or is called to
+        self._queue_lock = threading.Lock()  # guards both
         self._commit_lock = threading.Lock()
         self._used_bytes = 0  # guarded by the commit lock
         for one in (folder, self.quarantine_folder):
@@ -211,7 +217,9 @@ class Spool:
                 continue
             if not found:
                 self.index.rename()  # first: a crash in the middle must not leave old numbers with new objects
-            self.index.add([self._row(orphan)])
+            digest = path.stem
+            beside = self.index.beside([(digest, orphan.arriving.sop_instance)])
+            self.index.add([self._row(orphan, beside)], again=[digest])
             found += 1
         if found:
             get_logger().warning("intake.rebuilt", objects=found)
@@ -230,13 +238,14 @@ class Spool:
         negotiated = part.arriving.negotiated
         if negotiated and negotiated != part.arriving.sop_class:
             raise RefusedError(Outcome.MISMATCH, f"The context says {negotiated}, the command another class.")
-        held = self._held(part.digest)
+        beside = self.index.beside([(part.digest, part.arriving.sop_instance)])
+        held = self._held(part.digest, beside)
         if held is not None and _same_object(held, part.arriving):
             self.count(Outcome.DUPLICATE)
             return Outcome.DUPLICATE
         part.file.flush()
         try:
-            head = read_head(part.path, part.offset, part.arriving.transfer_syntax)
+            head = read_head_of(part.file.fileno(), part.offset, part.arriving.transfer_syntax)
         except CutError as exc:
             raise RefusedError(Outcome.CUT, exc.message) from exc
         for said, has in (
@@ -247,37 +256,57 @@ class Spool:
                 raise RefusedError(Outcome.MISMATCH, f"The command says {said}, the data set {has}.")
         name = f"{part.digest}.dcm"
         one = _Object(name, part.path, part.offset, part.length, part.arriving, head, part.received_at)
-        self._conflict(one)  # compares pixels here, so that others need not wait for it behind the commit lock
+        self._conflict(one, beside)  # compares pixels here, so that others need not wait for it behind the commit lock
         os.fsync(part.file.fileno())
         ticket = _Ticket(part, one)
-        with self._queue_lock:
-            self._queue.append(ticket)
-        with self._commit_lock:  # whoever comes first commits for all that wait here
-            if not ticket.done:
-                with self._queue_lock:
-                    batch, self._queue = self._queue, []
-                self._commit(batch)
+        self._queue_up(ticket)
         if ticket.error is not None:
             raise ticket.error
         return ticket.outcome or Outcome.FAULT
 
+    def _queue_up(self, ticket: _Ticket) -> None:
+        """Returns when the ticket is done. Whoever finds nobody committing commits for all that wait, then calls the
+        first of those who came meanwhile to do the same; the others are woken with their answers, not one by one
+        through a lock that the next commit holds."""
+        with self._queue_lock:
+            self._queue.append(ticket)
+            leads, self._led = not self._led, True
+        if not leads:
+            ticket.turn.acquire()
+        if ticket.done:
+            return
+        with self._commit_lock:
+            with self._queue_lock:
+                batch, self._queue = self._queue, []
+            try:
+                self._commit(batch)
+            except BaseException as exc:  # noqa: BLE001 the others who wait must not wait for ever
+                for one in batch:
+                    one.error = exc if not one.done else one.error
+        with self._queue_lock:
+            following = self._queue[0] if self._queue else None
+            self._led = following is not None
+        for one in ([following] if following else []) + [one for one in batch if one is not ticket]:
+            one.turn.release()
+
     def _commit(self, batch: Sequence[_Ticket]) -> None:
         """Renames, makes the folder durable, and indexes; every ticket is done afterwards."""
+        beside = self.index.beside([(one.part.digest, one.object.arriving.sop_instance) for one in batch])
         renamed: dict[str, _Ticket] = {}
         twins: list[tuple[_Ticket, _Ticket]] = []  # two associations brought the same bytes at once: one object
         for ticket in batch:
             first = renamed.get(ticket.part.digest)
             if first is not None:
                 twins.append((ticket, first))
-            elif self._place(ticket):
+            elif self._place(ticket, beside):
                 renamed[ticket.part.digest] = ticket
         try:
             if renamed:
                 os.fsync(self._folder_fd)
                 rows: list[dict[str, Any]] = []
                 for ticket in renamed.values():
-                    rows.append(self._row(ticket.object, rows))
-                self.index.add(rows)
+                    rows.append(self._row(ticket.object, [*beside, *rows]))
+                self.index.add(rows, again=[row["digest"] for row in beside if row["state"] == states.EVICTED])
                 for ticket, row in zip(renamed.values(), rows, strict=True):
                     ticket.outcome = _outcome(row)
         except BaseException as exc:  # noqa: BLE001 the others who wait must not wait for ever
@@ -287,19 +316,19 @@ class Spool:
         for ticket, first in twins:
             _share(first, ticket)
 
-    def _place(self, ticket: _Ticket) -> bool:
+    def _place(self, ticket: _Ticket, beside: Rows) -> bool:
         """Gives the object its name in the folder; False when the ticket is done instead."""
         part = ticket.part
         target = self.folder / ticket.object.name
         try:
             self.ask_quota(part.length)  # again: others may have filled the quota while this one arrived
-            held = self._held(part.digest)
+            held = self._held(part.digest, beside)
             if held is not None:
                 ticket.outcome = _twin(held, part.arriving)
                 return False
             if not target.exists():  # it does where the index failed the last time
                 self._used_bytes += part.offset + part.length
-            part.path.rename(target)
+            part.move(target)
             ticket.object.path = target
         except (OSError, RadfleetError) as exc:
             ticket.error = exc
@@ -313,14 +342,15 @@ class Spool:
         a row without its file is a loss.
         """
         try:
-            if self._held(one.name.removesuffix(".dcm")) is None:
+            digest = one.name.removesuffix(".dcm")
+            if self._held(digest, self.index.beside([(digest, one.arriving.sop_instance)])) is None:
                 length = one.path.stat().st_size
                 one.path.unlink()
                 self._used_bytes = max(0, self._used_bytes - length)
         except (OSError, RadfleetError) as exc:
             get_logger().error("intake.orphan_stays", error=type(exc).__name__)
 
-    def _row(self, one: _Object, beside: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    def _row(self, one: _Object, beside: Rows) -> dict[str, Any]:
         conflict, state = self._conflict(one, beside)
         arriving, head = one.arriving, one.head
         return {
@@ -346,14 +376,12 @@ class Spool:
             "state": state,
         }
 
-    def _conflict(self, one: _Object, beside: Sequence[Mapping[str, Any]] = ()) -> tuple[bool, str]:
+    def _conflict(self, one: _Object, beside: Rows) -> tuple[bool, str]:
         """Whether other bytes stand under the same UID, and the state that follows: an object of another patient or
-        with other pixels is another object, whatever its UID says. `beside` are rows about to be added. Pixels are
-        compared once; `one` remembers with which."""
+        with other pixels is another object, whatever its UID says. `beside` are rows of the index and rows about to
+        be added. Pixels are compared once; `one` remembers with which."""
         arriving, head = one.arriving, one.head
-        others: list[Mapping[str, Any] | sqlite3.Row]
-        others = [row for row in self.index.digests(arriving.sop_instance) if row["file"] != one.name]
-        others += [row for row in beside if row["sop_instance"] == arriving.sop_instance]
+        others = [row for row in beside if row["sop_instance"] == arriving.sop_instance and row["file"] != one.name]
         for row in others:
             if row["state"] == states.IDENTITY_CONFLICT:
                 continue
@@ -376,7 +404,7 @@ class Spool:
         arriving = part.arriving
         try:
             part.close()
-            part.path.rename(self.quarantine_folder / name)
+            part.move(self.quarantine_folder / name)
             row = {
                 "digest": part.digest,
                 "file": name,
@@ -395,10 +423,12 @@ class Spool:
         except (OSError, StateError) as exc:
             get_logger().error("intake.quarantine_failed", error=type(exc).__name__)
 
-    def _held(self, digest: str) -> sqlite3.Row | None:
-        row = self.index.known(digest)
-        there = row is not None and row["state"] != states.EVICTED and (self.folder / row["file"]).exists()
-        return row if there else None
+    def _held(self, digest: str, beside: Rows) -> Mapping[str, Any] | sqlite3.Row | None:
+        """Returns the row of an object that is there."""
+        for row in beside:
+            if row["digest"] == digest and row["state"] != states.EVICTED and (self.folder / row["file"]).exists():
+                return row
+        return None
 
     def _orphan(self, path: Path) -> _Object | None:
         """Reads a file that has no row; None, with a line in the log, where it is none of ours."""

@@ -64,7 +64,7 @@ FAULTS = [
     ("write", "EIO", "2", FAULT),
     ("openat", "EROFS", "1+", FAULT),
     ("openat", "EMFILE", "1", FAULT),
-    ("openat", "EIO", "2", FAULT),  # reading the head
+    ("pread64,mmap", "EIO", "1+", FAULT),  # reading the head
     ("fsync", "EIO", "1", FAULT),  # of the file
     ("fsync", "ENOSPC", "1", NO_ROOM),
     ("fsync", "EIO", "2", FAULT),  # of the folder

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
 import shutil
 import sqlite3
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pydicom
 import pytest
+from pydicom.dataset import FileDataset
 
 from edge.intake import spool as spool_module
 from edge.intake.head import read_head, valid_uid
@@ -156,9 +159,9 @@ def test_what_was_answered_with_a_failure_is_not_there_at_the_next_start(
     spool = make_spool(tmp_path)
     real = spool.index.add
 
-    def failing(objects: Sequence[Mapping[str, Any]]) -> list[bool]:
+    def failing(objects: Sequence[Mapping[str, Any]], **more: Any) -> None:
         if committed:
-            real(objects)
+            real(objects, **more)
         raise RoomError("No room left for the database.")
 
     monkeypatch.setattr(spool.index, "add", failing)
@@ -362,6 +365,46 @@ def worked_off(follower: Store) -> list[str]:
     return seen
 
 
+def test_a_commit_that_fails_leaves_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for somebody else's commit gets its error, and the next commit has a leader."""
+    spool = make_spool(tmp_path)
+    items = phantom_study("chest-ct", 0, seed=8, slices=32)
+    calls = itertools.count()
+
+    def by_turns(name: str) -> Callable[..., Any]:
+        real = getattr(spool.index, name)
+
+        def work(*values: Any, **more: Any) -> Any:
+            if next(calls) % 5 == 4:
+                raise StateError("The index says no.")
+            return real(*values, **more)
+
+        return work
+
+    for name in ("beside", "add"):
+        monkeypatch.setattr(spool.index, name, by_turns(name))
+    kept: list[str] = []
+
+    def send(mine: Sequence[FileDataset]) -> None:
+        for item in mine:
+            uid = str(item.SOPInstanceUID)
+            with contextlib.suppress(StateError):
+                spool.store(arriving(uid, sop_class=str(item.SOPClassUID)), [encoded(item)])
+                kept.append(uid)
+
+    threads = [threading.Thread(target=send, args=(items[n::8],), daemon=True) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    monkeypatch.undo()
+    assert 0 < len(kept) < len(items)
+    assert {row["sop_instance"] for row in rows(tmp_path)} >= set(kept)
+    assert len(files(spool)) == len(rows(tmp_path))
+    assert spool.store(arriving(), [DATA]) is Outcome.STORED
+
+
 @pytest.mark.parametrize("taken_in", [1, 2, 3])
 def test_a_second_crash_inside_the_healing_hides_nothing_from_followers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken_in: int
@@ -382,11 +425,11 @@ def test_a_second_crash_inside_the_healing_hides_nothing_from_followers(
     os.utime(spool.folder / late, (0, 0))  # the oldest: it is taken in first
     real, calls = Index.add, []
 
-    def dying(self: Index, objects: Sequence[Mapping[str, Any]]) -> list[bool]:
-        calls.append(real(self, objects))
+    def dying(self: Index, objects: Sequence[Mapping[str, Any]], **more: Any) -> None:
+        real(self, objects, **more)
+        calls.append(objects)
         if len(calls) == taken_in:  # 3 are all
             raise KeyboardInterrupt
-        return calls[-1]
 
     monkeypatch.setattr(Index, "add", dying)
     with pytest.raises(KeyboardInterrupt):
