@@ -168,21 +168,14 @@ class Stow:
             raise PeerError("The file meta information is too long.")
         if there < wanted and not last:
             return None
-        file = BytesIO(bytes(start[: META_BYTES * 2]))
-        file.seek(_PREAMBLE + 4)
-        try:
-            meta = _read_file_meta_info(file)
-            names = [
-                str(meta.get(name, "") or "").strip(" \0")[:_NAME_LENGTH]
-                for name in ("MediaStorageSOPClassUID", "MediaStorageSOPInstanceUID", "TransferSyntaxUID")
-            ]
-        except Exception as exc:  # pydicom names no family for damaged input
-            raise PeerError("The file meta information cannot be read.") from exc
-        if file.tell() >= there and not last and there < META_BYTES * 2:
+        names, end = _names(bytes(start[: META_BYTES * 2]))
+        if end >= there and not last and there < META_BYTES * 2:
             return None  # it ended for want of bytes, not at the first element of the data set
+        if end == min(there, META_BYTES * 2) > wanted:  # an element's odd length took the data set with it
+            names, end = _names(bytes(start[:wanted]))
         if not all(names):
             raise PeerError("The file meta information does not name class, instance and transfer syntax.")
-        del start[: file.tell()]
+        del start[:end]
         return self._source(*names)
 
     def _study_is_known(self, arriving: Arriving, *, last: bool) -> bool:
@@ -195,6 +188,21 @@ class Stow:
         if found != self._study:
             self._refused = Outcome.MISMATCH, "The object belongs to another study than the address."
         return True
+
+
+def _names(start: bytes) -> tuple[list[str], int]:
+    """Returns SOP class, SOP instance and transfer syntax by the file meta information, and where that ends."""
+    file = BytesIO(start)
+    file.seek(_PREAMBLE + 4)
+    try:
+        meta = _read_file_meta_info(file)
+        names = [
+            str(meta.get(name, "") or "").strip(" \0")[:_NAME_LENGTH]
+            for name in ("MediaStorageSOPClassUID", "MediaStorageSOPInstanceUID", "TransferSyntaxUID")
+        ]
+    except Exception as exc:  # pydicom names no family for damaged input
+        raise PeerError("The file meta information cannot be read.") from exc
+    return names, file.tell()
 
 
 def study_of(start: bytes, transfer_syntax: str, *, whole: bool) -> str:

@@ -176,6 +176,16 @@ def test_a_file_meta_group_without_its_length_is_read(node: DicomWebNode, client
     assert stored(node) == [item(1).SOPInstanceUID]
 
 
+def test_a_broken_element_of_the_file_meta_does_not_swallow_the_data_set(
+    node: DicomWebNode, client: httpx.Client
+) -> None:
+    whole = as_file(item(1))
+    at = whole.index(b"\x02\0\x12\0UI")
+    assert post(client, body(whole[: at + 4] + b"ob" + whole[at + 6 :])).status_code == 200
+    (row,) = node.spool.index.rows("SELECT file, offset FROM objects")
+    assert (node.folder / "spool" / row["file"]).read_bytes()[row["offset"] :] == encoded(item(1))
+
+
 def test_without_the_intake_process_the_caller_is_told_to_come_again(node: DicomWebNode, client: httpx.Client) -> None:
     node.handover.stop()
     answer = post(client, body(as_file(item(1))))
