@@ -95,12 +95,13 @@ def test_the_fastest_variant_is_chosen_and_a_near_tie_keeps_the_manifests_order(
     folder, manifest = tiny(tmp_path, variants=("cpu-a", "cpu-b"))
 
     def timer(seconds: list[float]) -> list[float]:
-        """Start and end of twelve runs a variant, in turns."""
+        """Start and end of twelve runs a variant, in turns, and of three alone and in a batch."""
         clock, marks = 0.0, []
-        for _ in range(12):
-            for duration in seconds:
-                marks += [clock, clock + duration]
-                clock += 1
+        for durations, runs in ((seconds, 12), ([0.010, 0.080], 3)):
+            for _ in range(runs):
+                for duration in durations:
+                    marks += [clock, clock + duration]
+                    clock += 1
         return marks
 
     faster, near = iter(timer([0.010, 0.005])), iter(timer([0.010, 0.0095]))
