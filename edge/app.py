@@ -117,6 +117,7 @@ def run_intake(config: EdgeConfig, stop: threading.Event) -> None:
     allow = allow_list(config)
     chosen = ports(config)
     nudge = Nudge(config.run_folder / "pipeline.sock")
+    tls = Tls(dicom.tls.certificate, dicom.tls.key, dicom.tls.ca, dicom.tls.profile) if dicom.tls else None
     door = Door(
         spool,
         ae_title=dicom.ae_title,
@@ -125,7 +126,7 @@ def run_intake(config: EdgeConfig, stop: threading.Event) -> None:
         allow=allow,
         nudge=nudge,
         clock=clock,
-        tls=Tls(dicom.tls.certificate, dicom.tls.key, dicom.tls.ca, dicom.tls.profile) if dicom.tls else None,
+        tls=tls,
         tls_port=chosen.get("dicom_tls", 0),
         private_classes=dicom.private_classes,
     )
@@ -136,7 +137,9 @@ def run_intake(config: EdgeConfig, stop: threading.Event) -> None:
         syntaxes=transfer_syntaxes(),
         nudge=nudge,
     )
-    reports = Reports(door.commitments, allow, send=sender(dicom.ae_title), clock=clock)
+    reports = Reports(
+        door.commitments, allow, send=sender(dicom.ae_title, tls if dicom.tls and dicom.tls.only else None), clock=clock
+    )
     keeper = Keeper(
         spool,
         Books(state, pacs=config.pacs is not None, forwarding=bool(config.destination)),
@@ -186,8 +189,10 @@ def run_uplink(config: EdgeConfig, stop: threading.Event) -> None:
 def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
     """Answers studies until `stop`: the main path, the model swap between studies, and delivery to the PACS."""
     from edge.imaging.reading import Reader
-    from edge.inference.engine import Engine, load_engine
+    from edge.inference.engine import Accelerator, Engine, OnnxEngine, load_engine
     from edge.inference.golden import golden_proof
+    from edge.inference.providers import find_gpu
+    from edge.inference.tensorrt import Engines
     from edge.pipeline import Models, Pipeline
     from edge.results.cases import CaseStore
     from edge.results.documents import Builder
@@ -197,18 +202,30 @@ def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
     from edge.slots.journal import Journal
     from edge.slots.swap import Swapper
     from edge.uplink.outbox import drop
+    from shared.package.manifest import Manifest
 
     clock, state = SystemClock(), config.state
     ear = Ear(config.run_folder / "pipeline.sock")
     store = Store(state / "results.sqlite", state / "intake.sqlite")
-    threads = len(os.sched_getaffinity(0))
+    gpu, engines = find_gpu(), Engines(state / "engines", clock)
+
+    def load(folder: Path, manifest: Manifest) -> OnnxEngine:
+        return load_engine(
+            folder,
+            manifest,
+            threads=len(os.sched_getaffinity(0)),
+            accelerator=Accelerator(gpu, engines) if gpu else None,
+            accept=lambda engine: golden_proof(engine, folder, manifest),
+        )
+
     swapper = Swapper(
         state / "models",
         Journal(state / "slots.sqlite", clock),
-        load=lambda folder, manifest: load_engine(folder, manifest, threads=threads),
+        load=load,
         prove=lambda engine, folder, manifest: golden_proof(cast(Engine, engine), folder, manifest),
         record=lambda served: store.record_serving(served, clock.now().timestamp()),
         clock=clock,
+        better=lambda folder, manifest: load(folder, manifest) if engines.step() else None,
     )
     sender = None
     if config.pacs:
@@ -245,6 +262,7 @@ def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
     while not stop.is_set():
         if not pipeline.step():
             ear.wait(PIPELINE_LOOK_S)
+    engines.close()
     reader.close()
     builder.close()
     if sender:

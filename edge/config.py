@@ -43,7 +43,9 @@ class TlsSection(Section):
     profile: Literal["bcp195", "non-downgrading"] = Field(
         default="bcp195", description='"bcp195" or "non-downgrading".'
     )
-    only: bool = Field(default=True, description="true closes the plain port.")
+    only: bool = Field(
+        default=True, description="true closes the plain port, and reports of Storage Commitment go out over TLS."
+    )
 
 
 class DicomSection(Section):
@@ -275,7 +277,7 @@ private_classes = []         # storage SOP class UIDs that no standard names
 # key = "door.key"
 # ca = "modalities.pem"
 # profile = "bcp195"         # or "non-downgrading"
-# only = true                # false keeps the plain port open as well
+# only = true                # false keeps the plain port open as well; reports of Storage Commitment then go out plain
 
 # [pacs]                     # where reports and evidence images are sent; without it they stay on the node
 # ae_title = "PACS"

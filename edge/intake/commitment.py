@@ -8,6 +8,7 @@ report, it goes out on a new one, to the port that the configuration names for t
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -250,7 +251,16 @@ class Commitments:
         ]
 
 
-def send_report(report: Report, *, our_ae: str, ae_title: str, host: str, port: int, timeout_s: float = 30.0) -> None:
+def send_report(
+    report: Report,
+    *,
+    our_ae: str,
+    ae_title: str,
+    host: str,
+    port: int,
+    tls: ssl.SSLContext | None = None,
+    timeout_s: float = 30.0,
+) -> None:
     """Sends a report on an association of our own, in the provider's role (PS3.4 J.3.3).
 
     Raises:
@@ -262,7 +272,11 @@ def send_report(report: Report, *, our_ae: str, ae_title: str, host: str, port: 
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = ae.connection_timeout = timeout_s
     ae.add_requested_context(STORAGE_COMMITMENT)
     association = ae.associate(
-        host, port, ae_title=ae_title, ext_neg=[build_role(STORAGE_COMMITMENT, scu_role=False, scp_role=True)]
+        host,
+        port,
+        ae_title=ae_title,
+        ext_neg=[build_role(STORAGE_COMMITMENT, scu_role=False, scp_role=True)],
+        tls_args=(tls, host) if tls else None,
     )
     if not association.is_established:
         raise LinkError(f"{ae_title} at {host}:{port} takes no storage commitment report.")

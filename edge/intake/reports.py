@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from edge.intake.commitment import Commitments, Due, Report, send_report
 from edge.intake.peers import AllowList
+from edge.intake.tls import Tls
 from shared.clock import Clock
 from shared.errors import LinkError, RadfleetError
 from shared.log import get_logger
@@ -74,8 +75,8 @@ class Reports:
                 get_logger().error("intake.reports_failed", error=exc.message)
 
 
-def sender(our_ae: str) -> Send:
-    """Returns the function that sends a report under our AE title."""
+def sender(our_ae: str, tls: Tls | None = None) -> Send:
+    """Returns the function that sends a report under our AE title, over TLS where there is one."""
     return lambda report, ae_title, host, port: send_report(
-        report, our_ae=our_ae, ae_title=ae_title, host=host, port=port
+        report, our_ae=our_ae, ae_title=ae_title, host=host, port=port, tls=tls.calling() if tls else None
     )

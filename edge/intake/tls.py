@@ -58,9 +58,23 @@ class Tls:
                 get_logger().error("intake.certificate_unusable", error=type(exc).__name__)
             return self._context
 
-    def _build(self) -> ssl.SSLContext:
+    def calling(self) -> ssl.SSLContext:
+        """Returns the context for a connection of ours to one of those clients; made anew, it is seldom needed.
+
+        Names are not compared: a peer is called at the address that it called from, under a CA that has no others.
+
+        Raises:
+            ConfigError: the files cannot be used.
+        """
+        try:
+            return self._build(ssl.PROTOCOL_TLS_CLIENT)
+        except (OSError, ssl.SSLError) as exc:
+            raise ConfigError(f"The DICOM door's certificate cannot be used: {exc}.") from exc
+
+    def _build(self, role: int = ssl.PROTOCOL_TLS_SERVER) -> ssl.SSLContext:
         certificate, key, ca = self._files
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context = ssl.SSLContext(role)
+        context.check_hostname = False
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_ciphers(":".join(SUITES[self._profile]))
         context.load_dh_params(str(_GROUP))

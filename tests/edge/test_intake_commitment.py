@@ -25,6 +25,8 @@ from edge.intake.commitment import (
 from edge.intake.peers import AllowList, Peer
 from edge.intake.reports import Reports, sender
 from edge.intake.spool import Spool
+from edge.intake.tls import Tls
+from scripts.lab.certificates import Certificates
 from scripts.lab.child import free_port, wait_until
 from scripts.lab.parts import start_orthanc
 from shared.errors import PeerError
@@ -244,10 +246,14 @@ def test_a_request_survives_the_end_of_the_process(spool: Spool, port: int, tmp_
     again.close()
 
 
-def test_orthanc_as_a_modality_gets_its_commitment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "TLS"])
+def test_orthanc_as_a_modality_gets_its_commitment(tmp_path: Path, secure: bool) -> None:
     spool = make_spool(tmp_path / "node")
     door = make_door(spool, allow=(Peer("PACS", "127.0.0.1"),))
-    orthanc = start_orthanc(tmp_path / "orthanc", peers=[("RADFLEET", door.port)])
+    pki = Certificates(tmp_path / "pki")
+    orthanc = start_orthanc(
+        tmp_path / "orthanc", peers=[("RADFLEET", door.port)], tls=(*pki.client, pki.ca) if secure else None
+    )
     rest = f"http://127.0.0.1:{orthanc.http_port}"
     try:
         files = write_files(tmp_path / "send", [ITEM])
@@ -257,7 +263,8 @@ def test_orthanc_as_a_modality_gets_its_commitment(tmp_path: Path) -> None:
             f"{rest}/modalities/RADFLEET/storage-commitment", json={"DicomInstances": [list(PAIR)]}, timeout=30
         ).json()
         listening = Peer("PACS", "127.0.0.1", port=orthanc.dicom_port)
-        reports = Reports(door.commitments, AllowList((listening,)), send=sender("RADFLEET"), clock=later())
+        send = sender("RADFLEET", Tls(*pki.server, pki.ca) if secure else None)
+        reports = Reports(door.commitments, AllowList((listening,)), send=send, clock=later())
 
         def reported() -> bool:
             reports.step()
