@@ -22,7 +22,7 @@ from edge.sqlite import insert, open_foreign, open_owned, transaction
 MAX_TRIES = 3  # an object that took the process down so often is quarantined
 _CLAIM_BATCH = 8
 _KNOWN_BATCH = 1000  # rows of intake's index that one question passes
-_SERVED = ("pid", "package", "release", "variant", "provider", "weights_loaded", "golden")
+_SERVED = ("pid", "package", "release", "variant", "provider", "degraded", "weights_loaded", "golden")
 _ENCODER = msgspec.msgpack.Encoder()
 _ANSWER = msgspec.msgpack.Decoder(AnswerRecord)
 _SUBJECT = msgspec.msgpack.Decoder(Subject)
@@ -81,6 +81,8 @@ class Served(Protocol):
     def variant(self) -> str: ...
     @property
     def provider(self) -> str: ...
+    @property
+    def degraded(self) -> str: ...
     @property
     def weights_loaded(self) -> str: ...
     @property

@@ -12,7 +12,7 @@ from edge.imaging.read import Stack
 from shared.package.input_spec import InputSpec
 from shared.package.manifest import ModelClass
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS cursors (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 
@@ -94,11 +94,13 @@ CREATE TABLE IF NOT EXISTS deliveries (
 );
 CREATE INDEX IF NOT EXISTS deliveries_due ON deliveries (state, next_at);
 
--- What this process really serves, written by the process itself after its golden proof.
-CREATE TABLE IF NOT EXISTS serving (
+-- What this process really serves, written by the process itself after its golden proof, anew at each start.
+DROP TABLE IF EXISTS serving;
+CREATE TABLE serving (
     one INTEGER PRIMARY KEY CHECK (one = 1),
     pid INTEGER NOT NULL, package TEXT NOT NULL, release INTEGER NOT NULL,
     variant TEXT NOT NULL, provider TEXT NOT NULL,
+    degraded TEXT NOT NULL,         -- why a better provider is not in use; empty when none is missing
     weights_loaded TEXT NOT NULL, golden TEXT NOT NULL, since REAL NOT NULL
 );
 """

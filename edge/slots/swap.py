@@ -53,6 +53,10 @@ class Engine(Protocol):
     def digest(self) -> str:
         """SHA-256 of the ONNX bytes that were loaded."""
 
+    @property
+    def degraded(self) -> str:
+        """Why a better provider is not in use; empty when none is missing."""
+
     def run(self, images: Images) -> Outputs:
         """Runs uint8 (N, H, W)."""
 
@@ -100,6 +104,7 @@ class ServingRecord:
     release: int
     variant: str
     provider: str
+    degraded: str
     weights_loaded: str
     golden: str
     pid: int
@@ -155,6 +160,7 @@ class Swapper(Generic[E]):
         record: Callable[[ServingRecord], None],
         clock: Clock,
         policy: Policy | None = None,
+        better: Callable[[Path, Manifest], E | None] = lambda _folder, _manifest: None,
     ) -> None:
         """Loads what is committed, or the newest before it that can be.
 
@@ -166,6 +172,7 @@ class Swapper(Generic[E]):
             record: is told at every change what this process serves.
             clock: only its monotonic seconds are used.
             policy: how long to watch.
+            better: gives the committed package's engine anew when something for it has been built meanwhile.
 
         Raises:
             StateError: no committed model can be loaded; `install_baseline` brings the shipped one back.
@@ -177,6 +184,7 @@ class Swapper(Generic[E]):
         self._record = record
         self._clock = clock
         self._policy = policy or Policy()
+        self._better = better
         self._watch: _Watch[E] | None = None
         self._journal.recover()
         self._committed = self._load_committed()
@@ -191,7 +199,7 @@ class Swapper(Generic[E]):
         """Takes an installation one step on; call it between studies. True when something changed."""
         watch = self._watch
         if watch is None:
-            return self._stage()
+            return self._stage() or self._upgrade()
         slot = self._journal.get(watch.loaded.digest)
         if slot is None or slot.state != watch.state:
             self._watch = None  # the uplink withdrew or superseded it
@@ -264,7 +272,9 @@ class Swapper(Generic[E]):
         """Loads and proves a package: its manifest, the bytes in the session, and the outputs it computes here."""
         folder = self._models / digest
         manifest = verify_package(folder, digest, names=[])
-        engine = self._load(folder, manifest)
+        return self._proven(self._load(folder, manifest), folder, manifest, digest)
+
+    def _proven(self, engine: E, folder: Path, manifest: Manifest, digest: str) -> Loaded[E]:
         named = manifest.file(manifest.variant(engine.variant).file).sha256
         if engine.digest != named:
             raise TrustError(f"The engine holds {engine.digest[:12]}, the manifest names {named[:12]}.")
@@ -284,6 +294,22 @@ class Swapper(Generic[E]):
             return True
         self._watch = _Watch(loaded, "SHADOW", self._clock.monotonic())
         log.info("slots.shadow", package=slot.package, release=slot.release)
+        return True
+
+    def _upgrade(self) -> bool:
+        """Lets a better engine of the same package serve, once it has reproduced the golden outputs."""
+        loaded = self._committed
+        folder = self._models / loaded.digest
+        try:
+            engine = self._better(folder, loaded.manifest)
+            if engine is None:
+                return False
+            self._committed = self._serving = self._proven(engine, folder, loaded.manifest, loaded.digest)
+        except RadfleetError as exc:
+            log.error("slots.not_upgraded", package=loaded.digest, reason=exc.message)
+            return True
+        self._announce()
+        log.info("slots.upgraded", package=loaded.digest, provider=engine.provider)
         return True
 
     def _swap(self, watch: _Watch[E]) -> None:
@@ -323,6 +349,7 @@ class Swapper(Generic[E]):
                 release=loaded.manifest.release,
                 variant=loaded.engine.variant,
                 provider=loaded.engine.provider,
+                degraded=loaded.engine.degraded,
                 weights_loaded=loaded.engine.digest,
                 golden=loaded.golden,
                 pid=os.getpid(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sqlite3
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,9 @@ from edge.inference import engine as engine_module
 from edge.inference.engine import Accelerator, OnnxEngine, load_engine
 from edge.inference.providers import CPU, CUDA, OPENVINO, TENSORRT, Gpu, chains, find_gpu
 from edge.inference.tensorrt import KEPT, Bound, Engines, Options
+from edge.report import degraded_reason
+from edge.results.store import Store
+from edge.slots.swap import ServingRecord
 from shared.errors import TrustError
 from shared.package.manifest import Manifest, verify_package
 from tests.simulators.package import build_package
@@ -214,6 +218,19 @@ def test_a_gpu_that_is_not_used_is_told_and_a_machine_without_one_is_not_degrade
     assert load_engine(folder, manifest, threads=1).degraded == ""
     used = load_engine(folder, manifest, threads=1, accelerator=Accelerator(GPU, builds.engines))
     assert used.degraded == "No provider of the variant cuda-fp16 is on this machine."
+
+
+def test_what_is_degraded_reaches_the_status_also_over_a_file_of_the_version_before(tmp_path: Path) -> None:
+    old = sqlite3.connect(tmp_path / "results.sqlite")
+    old.executescript(
+        "CREATE TABLE serving (one INTEGER PRIMARY KEY, pid INTEGER); INSERT INTO serving VALUES (1, 5);"
+        "PRAGMA user_version = 2;"
+    )
+    old.close()
+    store = Store(tmp_path / "results.sqlite", tmp_path / "intake.sqlite")
+    store.record_serving(ServingRecord("p", 1, "cpu-a", CPU, "no TensorRT here", "w" * 64, "g" * 64, 7), 1.0)
+    store.close()
+    assert degraded_reason(tmp_path) == "no TensorRT here"
 
 
 def test_a_variant_that_does_not_reproduce_the_golden_outputs_is_passed_over(tmp_path: Path) -> None:

@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge.inference.engine import OnnxEngine
 from edge.slots.fetch import RETRY_AFTER, needed
 from edge.slots.journal import ATTEMPTS, IN_FLIGHT, Journal
 from edge.slots.swap import install_baseline
 from shared.errors import PeerError, RoomError, StateError
-from shared.package.manifest import decode_manifest
+from shared.package.manifest import Manifest, decode_manifest
 from shared.wire.records import ReleaseOrder
 from tests.simulators.package import MODEL, SIDE, build_package, change_one_weight
-from tests.simulators.release import CloudSide, HandClock, NodeSide
+from tests.simulators.release import CloudSide, HandClock, NodeSide, load_one_thread
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
 LINE = ["OFFERED", "VERIFIED", "DOWNLOADED", "STAGED", "SHADOW", "READY", "PROVISIONAL"]
@@ -344,6 +345,34 @@ class TestSwap:
             node.read_study()
         assert node.state_of(order.package) == "REFUSED"
         assert node.serving == cloud.baseline
+
+    def test_an_engine_that_was_built_meanwhile_serves_once_it_is_proven(self, node: NodeSide) -> None:
+        package, manifest, digest = node.state / "models" / node.serving, node.swapper.serving()[1], node.serving
+        change_what, built = [False], []
+
+        def better(folder: Path, of: Manifest) -> OnnxEngine | None:
+            assert (folder, of) == (package, manifest)
+            if not built:
+                return None
+            engine = built.pop()
+            if change_what[0]:
+                engine.digest = "0" * 64
+            return engine
+
+        node.swapper._better = better
+        assert not node.swapper.step()
+        before = node.swapper.serving()[0]
+        built.append(load_one_thread(package, manifest))
+        change_what[0] = True
+        assert node.swapper.step()
+        assert node.swapper.serving()[0] is before  # it held other bytes
+        change_what[0] = False
+        built.append(load_one_thread(package, manifest))
+        built[0].degraded = "told"
+        assert node.swapper.step()
+        engine, _, serving = node.swapper.serving()
+        assert engine is not before
+        assert (serving, node.records[-1].degraded) == (digest, "told")
 
     def test_the_proof_is_that_of_the_serving_process(self, node: NodeSide, order: ReleaseOrder) -> None:
         node.install(order)
