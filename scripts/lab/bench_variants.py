@@ -18,12 +18,7 @@ RUNS = 200
 
 def measure() -> list[Row]:
     """Returns milliseconds an image for each variant, and AUC a head and site where real data is at hand."""
-    times = _milliseconds()
-    rows = [
-        Row(f"one image, two threads, p{percent}", float(np.percentile(times[U8S8], percent)), "ms", "cpu-fp32",
-            float(np.percentile(times[FP32], percent)))
-        for percent in (50, 99)
-    ]  # fmt: skip
+    rows = speed()
     folder = data_folder()
     if folder is None:
         return rows
@@ -40,6 +35,16 @@ def measure() -> list[Row]:
             rows.append(Row(what, macro_auc(eight[mine], labels), "AUC", "cpu-fp32", macro_auc(full[mine], labels)))
             rows.append(Row(f"{head.name}, {site}: AUC change by INT8, lower 95 % bound", lost.low, "AUC"))
     return rows
+
+
+def speed() -> list[Row]:
+    """Returns milliseconds an image for each variant."""
+    times = _milliseconds()
+    return [
+        Row(f"one image, two threads, p{percent}", float(np.percentile(times[U8S8], percent)), "ms", "cpu-fp32",
+            float(np.percentile(times[FP32], percent)))
+        for percent in (50, 99)
+    ]  # fmt: skip
 
 
 def _milliseconds() -> dict[str, list[float]]:
