@@ -26,7 +26,7 @@ from edge.results import compose
 from edge.results.cases import CaseStore, Confirmations, Enqueue
 from edge.results.compose import Serving
 from edge.results.documents import Builder, Documents, build_documents, finished
-from edge.results.series import Rules, completeness, mixed, reopened
+from edge.results.series import Rules, completeness, mixed, reopened, without
 from edge.results.stopwatch import Stopwatch
 from edge.results.store import MAX_TRIES, Claimed, OpenSeries, Store
 from edge.results.tables import AnswerRecord, SliceRecord
@@ -350,7 +350,9 @@ class Pipeline:
             logits=logits,
             features=features,
             conflict=False,
-            complete=reopened(complete, self._late(series.answer, slices)),
+            complete=without(
+                reopened(complete, self._late(series.answer, slices)), self._store.unreadable(series.series)
+            ),
             received_at=series.first_received_at,
             stored_at=series.last_stored_at,
             answered_at=self._now(),

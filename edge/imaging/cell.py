@@ -30,7 +30,10 @@ Work = Callable[[bytes], Iterator[bytes]]
 _TRIES = 2
 _NO_MEMORY = 71  # exit code of a child that was refused memory
 _OOM_SCORE = "500"  # the kernel, when it must end somebody, ends the child and not the node
+_READY = b"ready"
+_START_S = 60.0
 _JOIN_S = 5.0
+_DYING_S = 1.0  # until the kernel tells how it died
 
 
 class Limits(Struct, frozen=True):
@@ -53,6 +56,7 @@ class Cell:
         self._work = work
         self._limits = limits or Limits()
         self._busy = threading.Lock()
+        self._proven = False  # whether the child has said that it is ready
         self._child = self._start()
 
     @property
@@ -65,7 +69,7 @@ class Cell:
 
         Raises:
             PeerError: `work` raised it, or failed, or ran beyond its time, or ended two children.
-            StateError: `work` raised it.
+            StateError: `work` raised it, or there can be no child.
         """
         with self._busy:
             given = 0
@@ -89,15 +93,20 @@ class Cell:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         child = context.Process(target=_live, args=(theirs, self._work, self._limits), daemon=True)
-        child.start()
+        try:
+            child.start()
+        except OSError as exc:
+            raise StateError(f"The decoding process cannot be started: {exc}.") from exc
         theirs.close()
+        self._proven = False
         return child, ours
 
     def _once(self, request: bytes) -> Iterator[bytes]:
-        if not self._child[0].is_alive():
+        if self._proven and not self._child[0].is_alive():
             self._end()
             self._child = self._start()
         pipe = self._child[1]
+        self._prove(pipe)
         ended = False
         try:
             pipe.send_bytes(request)
@@ -116,8 +125,21 @@ class Cell:
             if not ended:  # dead, or nobody wants the rest
                 self._end()
 
+    def _prove(self, pipe: Connection) -> None:
+        """A child that dies before it was asked anything is no object's fault: StateError."""
+        if self._proven:
+            return
+        try:
+            self._proven = pipe.poll(_START_S) and pipe.recv_bytes(len(_READY)) == _READY
+        except (OSError, EOFError) as exc:
+            self._end()
+            raise StateError("The decoding process does not start.") from exc
+        if not self._proven:
+            self._end()
+            raise StateError("The decoding process does not start.")
+
     def _died(self) -> _DiedError:
-        self._child[0].join(_JOIN_S)
+        self._child[0].join(_DYING_S)
         code = self._child[0].exitcode
         if code == -signal.SIGXCPU:
             return _DiedError(f"took more than {self._limits.cpu_s} seconds of processor time", hopeless=True)
@@ -166,6 +188,7 @@ def _live(pipe: Connection, work: Work, limits: Limits) -> None:
     """The child: until its parent is gone."""
     _bound(limits)
     with suppress(EOFError, OSError):  # the parent has gone
+        pipe.send_bytes(_READY)
         while True:
             request = pipe.recv_bytes()
             for reply in _replies(work, request, limits):

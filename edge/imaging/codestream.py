@@ -22,6 +22,7 @@ _ENTROPY_END = re.compile(
 _JPEG_FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 _JPEG_KEPT = _JPEG_FRAMES | {0xC4, 0xCC, 0xDA, 0xDB, 0xDC, 0xDD, 0xF8}
 _JPEG_DROPPED = {*range(0xE0, 0xF0), 0xFE}
+_WRAPPER_BYTES = 4096  # a JP2 file around a JPEG 2000 stream tells before this where it begins
 _J2K_MAIN = {0x50, 0x51, 0x52, 0x53, 0x55, 0x56, 0x57, 0x58, 0x59, 0x5C, 0x5D, 0x5E, 0x5F, 0x60, 0x61, 0x63}
 
 
@@ -51,6 +52,22 @@ def clean_frame(syntax: UID, frame: bytes, pixels: int, planes: int) -> Stream:
         return walk(frame, pixels, planes)
     except IndexError as exc:
         raise PeerError("The compressed pixels end before they should.") from exc
+
+
+def sides(frame: bytes) -> tuple[int, int] | None:
+    """Returns rows and columns that a JPEG, JPEG-LS or JPEG 2000 stream itself tells; None where it does not."""
+    start = frame.find(b"\xff\x4f\xff\x51", 0, _WRAPPER_BYTES)
+    if start >= 0:
+        right, low, left, top = (int.from_bytes(frame[at : at + 4], "big") for at in range(start + 8, start + 24, 4))
+        return low - top, right - left
+    at = 2
+    while frame[:2] == b"\xff\xd8" and at + 9 <= len(frame) and frame[at] == 0xFF:
+        kind, length = frame[at + 1], int.from_bytes(frame[at + 2 : at + 4], "big")
+        if kind in _JPEG_FRAMES:
+            rows, columns = (int.from_bytes(frame[place : place + 2], "big") for place in (at + 5, at + 7))
+            return (rows, columns) if rows else None  # told at the end of the first scan
+        at += 1 if kind == 0xFF else 2 + length
+    return None
 
 
 def _jpeg(frame: bytes, _pixels: int, _planes: int) -> Stream:

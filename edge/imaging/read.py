@@ -16,9 +16,11 @@ import numpy.typing as npt
 import pydicom
 from msgspec import Struct
 from pydicom.dataset import Dataset
+from pydicom.encaps import generate_frames
 from pydicom.pixels.processing import apply_modality_lut
 from pydicom.pixels.utils import iter_pixels
 
+from edge.imaging.codestream import sides
 from shared.errors import PeerError
 from shared.files import read_limited
 from shared.package.input_spec import MAX_SIDE, PixelMeaning
@@ -174,6 +176,7 @@ def decode_frames(dataset: Dataset, head: ImageHead) -> Iterator[Frame]:
     """
     check_size(dataset, head)
     with translated("cannot be decoded"):
+        _ask_streams(dataset, head)
         # More pixel data than NumberOfFrames says would give more frames: those were not counted above.
         for index, pixels in enumerate(iter_pixels(dataset, raw=True, allow_excess_frames=False)):
             if pixels.shape != (head.rows, head.columns):
@@ -198,6 +201,18 @@ def check_size(dataset: Dataset, head: ImageHead) -> None:
         compressed = dataset.file_meta.TransferSyntaxUID.is_compressed
     if not compressed and stored < decoded:
         raise PeerError(f"The pixels have {stored} bytes where the header asks for {decoded}.")
+
+
+def _ask_streams(dataset: Dataset, head: ImageHead) -> None:
+    """Raises PeerError when compressed frames are not as large as the header says: a decoder believes the frame."""
+    if "PixelData" not in dataset or not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+        return
+    for index, frame in enumerate(generate_frames(dataset.PixelData, number_of_frames=head.frames)):
+        told = sides(frame)
+        if told and told != (head.rows, head.columns):
+            raise PeerError(
+                f"Frame {index + 1} says that it has {told[0]} x {told[1]} pixels, the header says otherwise."
+            )
 
 
 def _frame(dataset: Dataset, index: int, pixels: npt.NDArray[Any]) -> Frame:

@@ -99,7 +99,16 @@ def mixed(stacks: Iterable[Stack]) -> str:
 
 def reopened(complete: str, late: int) -> str:
     """Returns the reason of a new version; `late` is how many objects came after the version before."""
-    return f"{complete}, opened again by {late} late image{'' if late == 1 else 's'}" if late else complete
+    return f"{complete}, opened again by {late} late image{_plural(late)}" if late else complete
+
+
+def without(complete: str, unreadable: int) -> str:
+    """Returns the reason with how many objects of the series are in quarantine and not in the answer."""
+    return f"{complete}, {unreadable} image{_plural(unreadable)} could not be read" if unreadable else complete
+
+
+def _plural(number: int) -> str:
+    return "" if number == 1 else "s"
 
 
 def _volumes(dataset: Dataset) -> int:

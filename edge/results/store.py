@@ -289,6 +289,11 @@ class Store:
         """Returns how many objects of a series had to be read again and had left the spool."""
         return evidence.gone(self._db, series)
 
+    def unreadable(self, series: str) -> int:
+        """Returns how many objects of a series are in quarantine."""
+        asked = "SELECT COUNT(*) FROM work WHERE series = ? AND outcome = 'quarantined'"
+        return int(self._db.execute(asked, (series,)).fetchone()[0])
+
     def prune(self, before: float, *, undelivered: bool) -> bool:
         """See `edge.results.evidence.prune`."""
         with self.writing():
