@@ -21,6 +21,7 @@ from pydicom.pixels.processing import apply_modality_lut
 from pydicom.pixels.utils import iter_pixels
 
 from edge.imaging.codestream import sides
+from edge.intake.head import valid_uid
 from shared.errors import PeerError
 from shared.files import read_limited
 from shared.package.input_spec import MAX_SIDE, PixelMeaning
@@ -142,6 +143,8 @@ def describe(dataset: Dataset) -> ImageHead:
     for name in ("study", "series", "sop_instance"):
         if not getattr(head, name):
             raise PeerError(f"The object has no {name.replace('_', ' ')} UID.")
+        if not valid_uid(getattr(head, name)):
+            raise PeerError(f"The object's {name.replace('_', ' ')} UID is not a UID.")
     return head
 
 

@@ -23,6 +23,7 @@ DEFLATED = "1.2.840.10008.1.2.1.99"
 config.settings.reading_validation_mode = config.IGNORE
 config.settings.writing_validation_mode = config.IGNORE
 
+NO_UID = "not a UID"  # stands for an identifier that is there and is none; what it says may be anything
 _UID = re.compile(r"[0-9]{1,64}(\.[0-9]{1,64})+")
 _WANTED = {
     0x00080016: "sop_class",
@@ -40,7 +41,10 @@ INFLATED_LIMIT_BYTES = 512 * 1024 * 1024  # a deflate bomb is given up here
 
 
 class DatasetHead(Struct, frozen=True):
-    """Identifiers, empty where absent or not a UID; `fault` says why reading stopped early, if it did."""
+    """Identifiers, empty where absent; `fault` says why reading stopped early, if it did.
+
+    What is there and not a UID is NO_UID as SOP class or instance, since no command can agree with it, else empty.
+    """
 
     sop_class: str = ""
     sop_instance: str = ""
@@ -110,7 +114,7 @@ def _walk(data: bytes | mmap.mmap, offset: int, transfer_syntax: str, *, whole: 
         fault = exc.message
     for name in ("sop_class", "sop_instance", "study", "series"):
         if not valid_uid(found.get(name, "")):
-            found[name] = ""
+            found[name] = NO_UID if found.get(name) and name.startswith("sop_") else ""
     return DatasetHead(**found, fault=fault, pixels_at=pixels_at)
 
 
@@ -154,7 +158,7 @@ def _leftover(beginning: bytes, rest: int) -> str:
 
 
 def _text(value: bytes) -> str:
-    return value.decode("ascii", "replace").strip(" \0")[:64]
+    return value.decode("ascii", "replace").strip(" \0")[:65]  # one more than a UID may have: none is cut to be one
 
 
 def _inflate(view: bytes | mmap.mmap, offset: int) -> tuple[bytes, str]:

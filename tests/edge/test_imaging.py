@@ -115,6 +115,8 @@ def _lie(item: Dataset, what: str) -> None:
         item.BitsAllocated = 7
     elif what == "no study":
         del item.StudyInstanceUID
+    elif what == "path for a study":
+        item.StudyInstanceUID = "/tmp/evil"  # noqa: S108
     elif what == "no rows":
         del item.Rows
     elif what in ("rubbish", "huge"):
@@ -135,6 +137,7 @@ def _lie(item: Dataset, what: str) -> None:
         ("cut", "1000 bytes where the header asks"),
         ("bits", "7 bits allocated"),
         ("no study", "no study UID"),
+        ("path for a study", "study UID is not a UID"),
         ("rubbish", "cannot be decoded"),
     ],
 )

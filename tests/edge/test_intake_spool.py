@@ -109,6 +109,30 @@ def test_attack_a_command_that_contradicts_its_data_set_is_refused(tmp_path: Pat
     assert files(spool) == []
 
 
+@pytest.mark.parametrize("uid", [b"1.2.3\0.4", b"/tmp/x", b"1." + b"2" * 70, b"Doe^Jane"])
+def test_attack_a_data_set_whose_own_uid_is_none_is_refused_and_the_reason_does_not_repeat_it(
+    tmp_path: Path, uid: bytes
+) -> None:
+    spool = make_spool(tmp_path)
+    own = ITEM.SOPInstanceUID.encode()
+    at = DATA.index(own)
+    data = DATA[: at - 2] + len(uid + b"\0").to_bytes(2, "little") + uid + b"\0" + DATA[at + len(own) + len(own) % 2 :]
+    with pytest.raises(RefusedError) as refused:
+        spool.store(arriving(), [data])
+    assert refused.value.outcome is Outcome.MISMATCH
+    assert uid.decode() not in refused.value.message
+
+
+def test_a_study_uid_that_is_too_long_is_not_cut_to_another(tmp_path: Path) -> None:
+    own = ITEM.StudyInstanceUID.encode()
+    at = DATA.index(own)
+    uid = b"1." + b"2" * 70
+    data = DATA[: at - 2] + len(uid).to_bytes(2, "little") + uid + DATA[at + len(own) + len(own) % 2 :]
+    make_spool(tmp_path).store(arriving(), [data])
+    (row,) = rows(tmp_path)
+    assert row["study"] == ""
+
+
 @pytest.mark.parametrize("uid", ["", "1", "../../etc/passwd", "1.2.3/4", "1." + "2" * 64, "1.2\x00.3", "1..2"])
 def test_attack_a_path_for_a_uid_is_refused(tmp_path: Path, uid: str) -> None:
     spool = make_spool(tmp_path)
