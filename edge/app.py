@@ -239,7 +239,7 @@ def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
         sender.start()
     drops = state / "outbox" / "drop"
     drops.mkdir(parents=True, exist_ok=True)
-    reader, builder = Reader(), Builder()
+    readers, builder = [Reader() for _ in range(len(os.sched_getaffinity(0)))], Builder()
     pipeline = Pipeline(
         store,
         state / "spool",
@@ -253,7 +253,7 @@ def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
         enqueue=partial(drop, drops) if config.learning.features == "features" else None,
         delivered=sender.wake if sender else lambda: None,
         clock=clock,
-        read=reader.read,
+        readers=[reader.read for reader in readers],
         builder=builder,
         routes=routes(config) if config.rules or config.fetch else None,
     )
@@ -263,7 +263,9 @@ def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
         if not pipeline.step():
             ear.wait(PIPELINE_LOOK_S)
     engines.close()
-    reader.close()
+    pipeline.close()
+    for reader in readers:
+        reader.close()
     builder.close()
     if sender:
         sender.stop()

@@ -1,34 +1,38 @@
 """THE MAIN PATH of a node: claim, read, preprocess, infer, explain, decide, deliver, enqueue.
 
-One process, one thread, one unit of work a step. What a step did is in one transaction of results.sqlite,
-so a SIGKILL anywhere loses nothing acknowledged and doubles nothing that shows: a claim lapses and the
-object is read again, an answer with the same inputs is no new version, a document built again has the
-same UID and bytes.
+One process, one thread beside those that read ahead, one unit of work a step. What a step did is in one transaction
+of results.sqlite, so a SIGKILL anywhere loses nothing acknowledged and doubles nothing that shows: a claim lapses and
+the object is read again, an answer with the same inputs is no new version, a document built again has the same UID and
+bytes.
 """
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 from msgspec.structs import replace
 
-from edge.forward.rules import OUTCOME, Decision
-from edge.imaging.reading import Opened, Reads, pixels_of, read_object
+from edge.forward.rules import Decision
+from edge.imaging.ahead import Ahead
+from edge.imaging.reading import Opened, Reads, Seen, pixels_of, read_object
 from edge.inference.decide import SliceOutputs, decide, is_blank, pool
 from edge.inference.engine import Engine, Outputs
+from edge.line import Coming, Line
 from edge.results import compose
 from edge.results.cases import CaseStore, Confirmations, Enqueue
 from edge.results.compose import Serving
 from edge.results.documents import Builder, Documents, build_documents, finished
 from edge.results.series import Rules, completeness, mixed, reopened, without
 from edge.results.stopwatch import Stopwatch
-from edge.results.store import MAX_TRIES, Claimed, OpenSeries, Store
+from edge.results.store import Claimed, OpenSeries, Store
 from edge.results.tables import AnswerRecord, SliceRecord
 from shared.clock import Clock
 from shared.errors import PeerError, StateError
@@ -36,13 +40,29 @@ from shared.log import get_logger
 from shared.package.manifest import Head, Manifest
 
 _MODELS_EVERY_S = 0.25
+_POOL_EVERY_S = 0.05  # while objects wait to be read
 _PRUNE_EVERY_S = 3600.0
+_DOCUMENTS_EVERY_S = 0.05  # while objects wait to be read
+_DOCUMENTS_AFTER_S = 5.0  # an answer's documents wait so long for a quiet moment
 _NO_IMAGE = np.zeros((0, 0), dtype=np.uint8)
 _NO_VECTOR = np.zeros(0, dtype=np.float32)
 
 Images = npt.NDArray[np.uint8]
 Vector = npt.NDArray[np.float32]
 _Read = tuple[SliceRecord, Images, Outputs | None]  # one frame: what it says, what the model saw, all it gave
+_After = Callable[[], None]  # what is done when a write is on disk
+
+
+class _Work(Struct, frozen=True):
+    """One object whose frames, uint8 (H, W) each, the model has to see."""
+
+    claimed: Claimed
+    serving: Serving
+    opened: Opened
+    head: Head
+    seen: Sequence[Seen]
+    pixels: Sequence[Images]
+    watch: Stopwatch
 
 
 class Models(Protocol):
@@ -79,7 +99,7 @@ class Pipeline:
         enqueue: Enqueue | None,
         delivered: Callable[[], None],
         clock: Clock,
-        read: Reads = read_object,
+        readers: Sequence[Reads] = (read_object,),
         builder: Builder | None = None,
         routes: Callable[[Path, Claimed], Decision] | None = None,
     ) -> None:
@@ -99,7 +119,8 @@ class Pipeline:
             "off".
             delivered: wakes the sender when documents wait for the PACS.
             clock: the time.
-            read: opens and decodes objects: in a process of its own (`edge.imaging.reading.Reader`), or in this one.
+            readers: open and decode objects, each in a thread: in processes of their own
+            (`edge.imaging.reading.Reader`), or in this one.
             builder: builds documents and looks for burned-in text in a process of its own; None does both here, between
             two studies.
             routes: tells whether the configured rules let the models read an object; None reads everything.
@@ -111,14 +132,14 @@ class Pipeline:
         self._rules = rules
         self._delivered = delivered
         self._clock = clock
-        self._open = read
+        self._ahead = Ahead(readers)
+        self._line = Line(store, spool, models, self._ahead, routes)
         self._builder = builder
-        self._routes = routes
         self._building: tuple[AnswerRecord, Future[Documents]] | None = None
-        self._models_at = self._prune_at = 0.0
+        self._models_at = self._prune_at = self._pool_at = self._documents_at = 0.0
         self._keep_s = keep_s
         self._pacs = pacs
-        self._held: list[tuple[Callable[[], bool], Callable[[], None]]] = []  # slices read, not yet written
+        self._held: list[Callable[[], _After]] = []  # what came of objects, not yet written
         self._confirmations = Confirmations(
             store, cases, labels, enqueue, spool=spool, look=builder.look if builder else None
         )
@@ -132,23 +153,40 @@ class Pipeline:
         """
         return (
             self._models_step()
-            or self._read_one()
+            or self._pool_in_time()
+            or self._document_in_time()
+            or self._read_some()
             or self._pool_one()
             or self._document_one()
             or self._confirmations.step()
             or self._prune()
         )
 
-    def _read_one(self) -> bool:
-        claimed = self._store.claim(self._now())  # claim
-        if claimed is None:
-            return False
+    def close(self) -> None:
+        """Ends the threads that read ahead."""
+        self._ahead.close()
+
+    def _read_some(self) -> bool:
+        """Answers what has been read by now: one object that came alone, or those that were read beside the last."""
+        taken = self._line.take(self._now())  # claim, read, preprocess
+        works: list[_Work] = []
+        for coming in taken:
+            with self._quarantining(coming.claimed):
+                works += self._open(coming)
+        outputs = self._infer(works)  # infer, explain
+        for work in works:
+            with self._quarantining(work.claimed):
+                mine = [next(outputs) for _ in work.pixels]
+                work.watch.lap("infer")
+                self._keep(work, mine)
+        self._write_held()
+        return bool(taken)
+
+    @contextmanager
+    def _quarantining(self, claimed: Claimed) -> Iterator[None]:
+        """What one object is to blame for puts that object aside, and nothing else."""
         try:
-            if claimed.tries > MAX_TRIES:
-                raise PeerError(f"Reading this object ended the process {MAX_TRIES} times.")
-            if claimed.fault:
-                raise PeerError(f"The data set cannot be walked: {claimed.fault}.")
-            self._read(claimed)
+            yield
         except PeerError as exc:
             self._store.quarantine(claimed, exc.message, self._now())
             get_logger().warning("imaging.quarantined", digest=claimed.digest[:12], reason=exc.message)
@@ -157,66 +195,82 @@ class Pipeline:
             self._store.quarantine(claimed, f"Reading failed with {type(exc).__name__}.", self._now())
             where = traceback.extract_tb(exc.__traceback__)[-1]  # not the message: it may quote the data set
             get_logger().error("imaging.defect", digest=claimed.digest[:12], at=f"{where.name}:{where.lineno}")
-        if not self._store.leased:
-            self._write_held()
-        return True
 
-    def _read(self, claimed: Claimed) -> None:
-        watch = Stopwatch(self._clock, wait_ms=(self._now() - claimed.stored_at) * 1e3)
-        serving = Serving(*self._models.serving())
-        decision = self._routes(self._spool / claimed.file, claimed) if self._routes else None
-        if decision and not decision.read:
-            with self._store.writing():
-                self._store.finish(claimed, f"{OUTCOME}{decision.action}")
-            return
-        opened, frames = self._open(self._spool / claimed.file, serving.manifest.heads)  # read
+    def _open(self, coming: Coming) -> list[_Work]:
+        """Returns the object when the model has to see it; holds what is to be written otherwise."""
+        claimed, serving = coming.claimed, coming.serving
+        if coming.outcome:
+            self._held.append(lambda: self._finished(claimed, coming.outcome))
+            return []
+        opened, frames = coming.parts.result()
         image = opened.image
         if image.ours or not (image.has_pixels or image.rows):
-            with self._store.writing():  # a report, a plan, or one of our own results that came back
-                self._store.finish(claimed, "ignored")
-            return
+            self._held.append(lambda: self._finished(claimed, "ignored"))  # a report, a plan, or a result of ours
+            return []
         if not image.has_pixels:
             raise PeerError("The image has no pixel data.")
         if not opened.head:
             self._keep_slice(claimed, opened, serving, None, [])
-            return
+            return []
         head = serving.manifest.head(opened.head)
-        read: list[_Read] = []
-        watch.took(read=opened.read_ms)
-        for index, seen in enumerate(frames):  # decode, preprocess
-            watch.took(decode=seen.decode_ms, preprocess=seen.preprocess_ms)
-            pixels = pixels_of(seen, head)
-            outputs = self._infer(serving, pixels)  # infer, explain
-            watch.lap("infer")
-            read.append((compose.slice_record(claimed, image, index, seen.stack, head, outputs), pixels, outputs))
-        if not read:
+        seen = list(frames)
+        if not seen:
             raise PeerError("The object holds no frame.")
-        if head.series:
-            self._keep_slice(claimed, opened, serving, head, read)
-        else:
-            self._answer_image(claimed, opened, serving, head, read[0][0], pixels, outputs, watch)
+        stages = {
+            "read": opened.read_ms,
+            "decode": sum(one.decode_ms for one in seen),
+            "preprocess": sum(one.preprocess_ms for one in seen),
+        }
+        waited = (self._now() - claimed.stored_at) * 1e3 - sum(stages.values())
+        watch = Stopwatch(self._clock, wait_ms=waited)
+        watch.laps.update(stages)
+        return [_Work(claimed, serving, opened, head, seen, [pixels_of(one, head) for one in seen], watch)]
 
-    def _answer_image(
-        self,
-        claimed: Claimed,
-        opened: Opened,
-        serving: Serving,
-        head: Head,
-        one: SliceRecord,
-        pixels: Images,
-        outputs: Outputs,
-        watch: Stopwatch,
-    ) -> None:
-        image = opened.image
+    def _infer(self, works: Sequence[_Work]) -> Iterator[Outputs]:
+        """Yields what the model gives for every frame of every object, in runs of as many as pay."""
+        pixels = [one for work in works for one in work.pixels]
+        if not pixels:
+            return
+        engine = works[0].serving.engine  # the line gives what was read for one package
+        for start in range(0, len(pixels), engine.batch):
+            part = pixels[start : start + engine.batch]
+            same = [one for one in part if one.shape == part[0].shape]
+            runs = [np.stack(part)] if len(same) == len(part) else [one[None] for one in part]
+            for run in runs:  # (N, H, W)
+                outputs = self._run(engine, run)
+                for n in range(len(run)):
+                    one = slice(n, n + 1)
+                    yield Outputs(outputs.logits[one], outputs.evidence[one], outputs.features[one])
+
+    def _keep(self, work: _Work, outputs: Sequence[Outputs]) -> None:
+        """Decides for a projection image, keeps slices until their series is complete."""
+        read: list[_Read] = [
+            (compose.slice_record(work.claimed, work.opened.image, index, seen.stack, work.head, gave), pixels, gave)
+            for index, (seen, pixels, gave) in enumerate(zip(work.seen, work.pixels, outputs, strict=True))
+        ]
+        if work.head.series:
+            self._keep_slice(work.claimed, work.opened, work.serving, work.head, read)
+        else:
+            self._answer_image(work, read[0])
+
+    def _finished(self, claimed: Claimed, outcome: str) -> _After:
+        self._store.finish(claimed, outcome)
+        return lambda: None
+
+    def _answer_image(self, work: _Work, read: _Read) -> None:
+        claimed, image, head, watch = work.claimed, work.opened.image, work.head, work.watch
+        one, pixels, outputs = read
         logits, features = _vector(one.logits), _vector(one.features)
         decided = decide(head, logits, features)  # decide
         if is_blank(pixels):
             decided = replace(decided, reason="the image is blank")
         watch.lap("decide")
+
+        study = compose.study_row(work.opened.texts, image, claimed)
         record = compose.answer_record(
             answer=compose.answer_id(image.study, image.series, image.sop_instance, head.name),
             subject=compose.subject_of(image, self._site_key, image.sop_instance),
-            serving=serving,
+            serving=work.serving,
             head=head,
             decided=decided,
             unassessed="",
@@ -229,16 +283,25 @@ class Pipeline:
             complete="",
             received_at=claimed.received_at,
             stored_at=claimed.stored_at,
-            answered_at=self._now(),
-            timings=watch.laps,
+            answered_at=0.0,
+            timings={},
         )
-        with self._store.writing():
-            self._store.note_study(compose.study_row(opened.texts, image, claimed))
-            stored = self._store.add_answer(record)
+
+        def write() -> _After:
+            watch.lap("turn")  # of those that were taken together
+            self._store.note_study(study)
+            stored = self._store.add_answer(replace(record, answered_at=self._now(), timings=dict(watch.laps)))
             self._store.finish(claimed, "answered")
-        watch.lap("record")
-        self._tell(stored, watch)
-        self._models.observe(pixels[None], head.name, outputs.logits)
+
+            def after() -> None:
+                watch.lap("record")
+                self._tell(stored, watch)
+                if outputs is not None:
+                    self._models.observe(pixels[None], head.name, outputs.logits)
+
+            return after
+
+        self._held.append(write)
 
     def _keep_slice(
         self,
@@ -268,7 +331,7 @@ class Pipeline:
             read = [(compose.unread_slice(claimed, image), _NO_IMAGE, None)]
         study, announced = compose.study_row(opened.texts, image, claimed), opened.announced
 
-        def write() -> bool:
+        def write() -> _After:
             self._store.note_study(study)
             if announced:
                 self._store.announce(image.series, *announced)
@@ -277,24 +340,32 @@ class Pipeline:
                 key = f"{image.sop_instance}#{record.source.frame:05d}"
                 first |= self._store.add_slice(series, key, record, claimed.association, pixels.tobytes())
             self._store.finish(claimed, "slice" if head else "unassessed")
-            return first
-
-        def show() -> None:
             _, pixels, outputs = read[0]
-            if outputs is not None:
-                self._models.observe(pixels[None], name, outputs.logits)
 
-        self._held.append((write, show))
+            def after() -> None:
+                if first and outputs is not None:
+                    self._models.observe(pixels[None], name, outputs.logits)
+
+            return after
+
+        self._held.append(write)
 
     def _write_held(self) -> None:
-        """Writes the slices of all objects leased together in one transaction: one wait for the disk, not eight."""
+        """Writes what came of all objects taken together in one transaction: one wait for the disk, not eight."""
         held, self._held = self._held, []
         if held:
             with self._store.writing():
-                first = [write() for write, _ in held]
-            for is_first, (_, show) in zip(first, held, strict=True):
-                if is_first:
-                    show()
+                done = [write() for write in held]
+            for after in done:
+                after()
+
+    def _pool_in_time(self) -> bool:
+        """A series that is complete does not wait for everything else that arrives."""
+        now = self._clock.monotonic()
+        if now < self._pool_at:
+            return False
+        self._pool_at = now + _POOL_EVERY_S
+        return self._pool_one()
 
     def _pool_one(self) -> bool:
         now = self._now()
@@ -371,6 +442,18 @@ class Pipeline:
             return 0
         return len({one.source.sop_instance for one in slices.values()} - {one.sop_instance for one in latest.inputs})
 
+    def _document_in_time(self) -> bool:
+        """Documents are made when nothing waits to be answered, but they do not wait for that for ever."""
+        now = self._clock.monotonic()
+        if self._builder is None or now < self._documents_at:
+            return False
+        self._documents_at = now + _DOCUMENTS_EVERY_S
+        if self._building is None:
+            record = self._store.undocumented()
+            if record is None or self._now() - record.answered_at < _DOCUMENTS_AFTER_S:
+                return False
+        return self._document_one()
+
     def _document_one(self) -> bool:
         if self._building is None:
             record = self._store.undocumented()
@@ -391,9 +474,9 @@ class Pipeline:
         self._store.add_documents(record, documents.state, documents.display, documents.rows)  # deliver
         self._delivered()
 
-    def _infer(self, serving: Serving, pixels: Images) -> Outputs:
+    def _run(self, engine: Engine, images: Images) -> Outputs:
         try:
-            return serving.engine.run(pixels[None])
+            return engine.run(images)
         except StateError as exc:
             if not self._models.failed(exc.message):
                 raise

@@ -47,8 +47,10 @@ class FactsHead(Struct, frozen=True):
     fault: str = ""
 
 
-def read_facts_head(path: Path, offset: int, transfer_syntax: str) -> FactsHead:
+def read_facts_head(path: Path, offset: int, transfer_syntax: str, *, last_tag: int = _LAST_TAG) -> FactsHead:
     """Returns the elements of the data set at `offset` (bytes) of a file up to the study's and series' identifiers.
+
+    Or up to another `last_tag`.
 
     Values longer than VALUE_LIMIT_BYTES are passed over, and at most HEAD_LIMIT_BYTES are read, so a lying length
     allocates nothing; of a deflated data set as much is inflated.
@@ -60,7 +62,7 @@ def read_facts_head(path: Path, offset: int, transfer_syntax: str) -> FactsHead:
         with path.open("rb") as file:
             file.seek(offset)
             if transfer_syntax != DEFLATED:
-                return _walk(_Limited(file, path.name), transfer_syntax)
+                return _walk(_Limited(file, path.name), transfer_syntax, last_tag)
             deflated = file.read(HEAD_LIMIT_BYTES)
     except OSError as exc:
         raise StateError(f"Cannot read {path.name}: {exc.strerror}.") from exc
@@ -68,7 +70,7 @@ def read_facts_head(path: Path, offset: int, transfer_syntax: str) -> FactsHead:
         head = zlib.decompressobj(-zlib.MAX_WBITS).decompress(deflated, HEAD_LIMIT_BYTES)
     except zlib.error:
         return FactsHead(Dataset(), "it cannot be inflated")
-    return _walk(_Limited(BytesIO(head), path.name), transfer_syntax)
+    return _walk(_Limited(BytesIO(head), path.name), transfer_syntax, last_tag)
 
 
 class _LimitError(Exception):
@@ -97,14 +99,14 @@ class _Limited:
         return data
 
 
-def _walk(file: _Limited, transfer_syntax: str) -> FactsHead:
+def _walk(file: _Limited, transfer_syntax: str, last_tag: int) -> FactsHead:
     start, at, stopped = file.tell(), 0, False
 
     def read(until: float) -> Dataset:
         def stop(tag: int, _vr: str | None, _length: int) -> bool:
             nonlocal at, stopped
             at = file.tell()
-            stopped = tag > _LAST_TAG
+            stopped = tag > last_tag
             return stopped or at >= until
 
         file.seek(start)

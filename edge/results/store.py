@@ -100,6 +100,7 @@ class Store:
         self._intake: sqlite3.Connection | None = None
         self._intake_name = ""
         self._leased: list[Claimed] = []
+        self._looked = "", 0  # name of intake's index, and the id up to which not_looked_at went
         with transaction(self._db) as db:  # leases of the process that died
             db.execute("UPDATE work SET claimed_at = 0 WHERE outcome = ''")
 
@@ -112,6 +113,34 @@ class Store:
         if not self._leased:
             self._leased = self._lapsed(now) or self._arrived(now)
         return self._leased.pop(0) if self._leased else None
+
+    def claim_this(self, object_id: int, one: Claimed, now: float) -> Claimed | None:
+        """Leases one object out of its turn; None when it is claimed already."""
+        with self.writing():
+            if not self._lease(object_id, one.digest, one.series, now):
+                return None
+        return msgspec.structs.replace(one, claimed_at=now)
+
+    def not_looked_at(self, skip: int, limit: int) -> list[tuple[int, Claimed]]:
+        """Returns objects behind the next `skip` unclaimed ones, each once in the life of this process, with their ids.
+
+        At most `limit`, in the order of arrival; empty when there are no more than `skip`.
+        """
+        intake = self._follow_intake()
+        if intake is None:
+            return []
+        cursor = self._intake_cursor(intake)
+        nth = "SELECT id FROM objects WHERE id > ? AND state = 'kept' ORDER BY id LIMIT 1 OFFSET ?"
+        first = intake.execute(nth, (cursor, skip)).fetchone()
+        if first is None:
+            return []
+        index, looked = self._looked
+        after = max(looked if index == self._intake_name else 0, first["id"] - 1)
+        following = "SELECT * FROM objects WHERE id > ? AND state = 'kept' ORDER BY id LIMIT ?"
+        rows = intake.execute(following, (after, limit)).fetchall()
+        if rows:
+            self._looked = self._intake_name, rows[-1]["id"]
+        return [(row["id"], _claimed(row, 1, 0.0)) for row in rows if not self._known(row["digest"])]
 
     @property
     def leased(self) -> int:
@@ -356,15 +385,7 @@ class Store:
         claimed = []
         with self.writing():
             for row in rows:
-                lease = {
-                    "digest": row["digest"],
-                    "object": row["id"],
-                    "series": row["series"],
-                    "claimed_at": now,
-                    "tries": 1,
-                    "outcome": "",
-                }
-                if insert(self._db, "work", lease, on_conflict="OR IGNORE") or self._came_again(row, now):
+                if self._lease(row["id"], row["digest"], row["series"], now):
                     claimed.append(_claimed(row, 1, now))
             self.set_cursor(self._intake_name, passed)
         return claimed
@@ -389,10 +410,13 @@ class Store:
         row = self._db.execute("SELECT outcome FROM work WHERE digest = ?", (digest,)).fetchone()
         return row is not None and row["outcome"] != GONE
 
-    def _came_again(self, row: sqlite3.Row, now: float) -> bool:
-        """Leases an object that was wanted while it was gone."""
+    def _lease(self, object_id: int, digest: str, series: str, now: float) -> bool:
+        """Leases an object that is new, or that was wanted while it was gone."""
+        lease = {"digest": digest, "object": object_id, "series": series, "claimed_at": now, "tries": 1, "outcome": ""}
+        if insert(self._db, "work", lease, on_conflict="OR IGNORE"):
+            return True
         again = "UPDATE work SET outcome = '', object = ?, claimed_at = ?, tries = 1 WHERE digest = ? AND outcome = ?"
-        return self._db.execute(again, (row["id"], now, row["digest"], GONE)).rowcount > 0
+        return self._db.execute(again, (object_id, now, digest, GONE)).rowcount > 0
 
     def _restart_if_needed(self, series: OpenSeries) -> None:
         row = self._db.execute(

@@ -120,7 +120,7 @@ def make_pipeline(
         enqueue=enqueue,
         delivered=lambda: None,
         clock=clock or SystemClock(),
-        read=reader.read if reader else read_object,
+        readers=[reader.read if reader else read_object],
         builder=builder,
         routes=routes,
     )
