@@ -162,17 +162,21 @@ class Stow:
         if start[_PREAMBLE : _PREAMBLE + 4] != b"DICM":
             raise PeerError("The part is not a DICOM file.")
         wanted = META_BYTES
-        if start[_PREAMBLE + 4 : _PREAMBLE + 12] == b"\x02\x00\x00\x00UL\x04\x00":
+        stated = start[_PREAMBLE + 4 : _PREAMBLE + 12] == b"\x02\x00\x00\x00UL\x04\x00"
+        if stated:
             wanted = _PREAMBLE + 16 + int.from_bytes(start[_PREAMBLE + 12 : _PREAMBLE + 16], "little")
         if wanted > META_BYTES:
             raise PeerError("The file meta information is too long.")
         if there < wanted and not last:
             return None
-        names, end = _names(bytes(start[: META_BYTES * 2]))
+        beginning = bytes(start[: META_BYTES * 2])
+        names, end = _names(beginning)
         if end >= there and not last and there < META_BYTES * 2:
             return None  # it ended for want of bytes, not at the first element of the data set
-        if end == min(there, META_BYTES * 2) > wanted:  # an element's odd length took the data set with it
-            names, end = _names(bytes(start[:wanted]))
+        if end == len(beginning):  # an element's odd length may have taken the data set with it
+            if not stated or end <= wanted:
+                raise PeerError("No data set follows the file meta information.")
+            names, end = _names(beginning[:wanted])
         if not all(names):
             raise PeerError("The file meta information does not name class, instance and transfer syntax.")
         del start[:end]

@@ -184,6 +184,9 @@ def test_a_broken_element_of_the_file_meta_does_not_swallow_the_data_set(
     assert post(client, body(whole[: at + 4] + b"ob" + whole[at + 6 :])).status_code == 200
     (row,) = node.spool.index.rows("SELECT file, offset FROM objects")
     assert (node.folder / "spool" / row["file"]).read_bytes()[row["offset"] :] == encoded(item(1))
+    endless = whole[:132] + whole[144 : at + 4] + b"ob" + whole[at + 6 :]  # and no group length to go by
+    assert post(client, body(endless)).status_code == 409
+    assert quarantine(node) == [("not_dicom", endless)]
 
 
 def test_without_the_intake_process_the_caller_is_told_to_come_again(node: DicomWebNode, client: httpx.Client) -> None:
