@@ -79,7 +79,8 @@ class Reader:
             opened = _OPENED.decode(next(replies))
         except (StopIteration, msgspec.MsgspecError) as exc:
             raise PeerError("Reading the object gave no answer.") from exc
-        return opened, _checked(replies)
+        # Without a head there are no frames: the child's end of the request is waited for, or it would be cut short.
+        return opened, _checked(replies) if opened.head else iter([_SEEN.decode(reply) for reply in replies])
 
     def close(self) -> None:
         """Ends the child."""
