@@ -28,7 +28,7 @@ from highdicom.sr import (
     TextContentItem,
     TrackingIdentifier,
 )
-from msgspec import Struct
+from msgspec import Struct, structs
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
@@ -36,7 +36,8 @@ from pydicom.uid import UID
 
 from edge.imaging.read import MANUFACTURER, lenient_text
 from edge.results.store import inputs_digest
-from edge.results.tables import AnswerRecord, InputRef
+from edge.results.tables import AnswerRecord
+from edge.results.template import Templates
 
 RESEARCH_ONLY = "Research use only, not for diagnosis"
 SERIES_NUMBER = {"report": 9101, "picture": 9102}  # high, so that they do not collide with the modality's
@@ -57,6 +58,11 @@ _COPIED = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "AccessionNumber"),
     *("StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName", "StudyDescription", "IssuerOfPatientID"),
 )
+
+_IN_REPORTS = tuple(
+    name for name in _COPIED if name not in ("StudyInstanceUID", "StudyDescription", "IssuerOfPatientID")
+)
+_TEMPLATES = Templates()
 
 _TIME = re.compile(r"([01][0-9]|2[0-3])([0-5][0-9]([0-5][0-9](\.[0-9]{1,6})?)?)?")
 
@@ -97,14 +103,36 @@ def build_report(record: AnswerRecord, source: Dataset) -> Document:
     Raises:
         ValueError, TypeError, AttributeError: the source's own attributes cannot be written as DICOM.
     """
-    evidence = [_evidence(record, one) for one in record.inputs]
-    evidence[0].update(patient_and_study(source))  # the first one gives patient and study to the document
-    evidence[0].StudyInstanceUID = record.study
-    evidence[0].PatientName = ""  # set at the end: highdicom warns about names, and would put one into the log
+    marked = _marked(record)
+    report = _TEMPLATES.report(
+        _kind(record), _texts(record), lambda: (_tree(marked, patient_and_study(source)), _texts(marked))
+    )
+    answered = datetime.fromtimestamp(record.answered_at, UTC)
+    report.ContentDate, report.ContentTime = answered.strftime("%Y%m%d"), answered.strftime("%H%M%S.%f")
+    report.InstanceNumber = instance_number(document_uid("report", record))
+    (current,) = report.CurrentRequestedProcedureEvidenceSequence
+    current.ReferencedSeriesSequence[0].ReferencedSOPSequence = _references(record)
+    for measurement in _measurements(record):
+        _put_probability(report, measurement[0])
+    copied = patient_and_study(source)
+    for name in _IN_REPORTS:
+        setattr(report, name, copied[name].value)
+    return encode(report, record, "report")
+
+
+def _tree(record: AnswerRecord, patient: Dataset) -> Dataset:
+    """The SR as highdicom builds it, with one input."""
+    evidence = Dataset()
+    evidence.update(patient)  # gives patient and study to the document
+    evidence.StudyInstanceUID = record.study
+    evidence.SeriesInstanceUID = record.series
+    evidence.SOPInstanceUID = UID(record.shown.sop_instance)
+    evidence.SOPClassUID = UID(record.shown.sop_class)
+    evidence.PatientName = ""  # highdicom warns about names, and would put one into the log
     uid = document_uid("report", record)
     answered = datetime.fromtimestamp(record.answered_at, UTC)
-    report = Comprehensive3DSR(
-        evidence=evidence,
+    tree: Dataset = Comprehensive3DSR(
+        evidence=[evidence],
         content=_content(record),
         series_instance_uid=hashed_uid("report-series", record.study),
         series_number=SERIES_NUMBER["report"],
@@ -121,8 +149,61 @@ def build_report(record: AnswerRecord, source: Dataset) -> Document:
         content_time=answered.time(),
         specific_character_set="ISO_IR 192",
     )
-    report.PatientName = patient_and_study(source).PatientName
-    return encode(report, record, "report")
+    return tree
+
+
+def _kind(record: AnswerRecord) -> tuple[object, ...]:
+    """Everything that decides on the tree, but for what `_texts` names."""
+    return (
+        *(record.head, record.title, record.chosen, record.package, record.package_name, record.release),
+        *(record.variant, record.modality, record.shown.sop_class, record.shown.frame, record.assessed),
+        *(bool(record.complete), bool(record.degraded), finding_code(record).value),
+    )
+
+
+def _marked(record: AnswerRecord) -> AnswerRecord:
+    """The record with a text of its own wherever two reports of a kind differ."""
+    shown = structs.replace(record.shown, sop_instance="2.25.9001")
+    return structs.replace(
+        record,
+        answer="marked",
+        study="2.25.9002",
+        series="2.25.9003",
+        shown=shown,
+        inputs=(shown,),
+        reason=record.reason and "marked reason",
+        complete=record.complete and "marked completeness",
+        degraded=record.degraded and "marked degradation",
+    )
+
+
+def _texts(record: AnswerRecord) -> dict[str, str]:
+    return {
+        "study": record.study,
+        "series": record.series,
+        "shown": record.shown.sop_instance,
+        "uid": document_uid("report", record),
+        "report series": hashed_uid("report-series", record.study),
+        "tracking": hashed_uid("tracking", record.answer),
+        **{f"comment {number}": text for number, text in enumerate(_comments(record))},
+    }
+
+
+def _references(record: AnswerRecord) -> list[Dataset]:
+    found: dict[str, Dataset] = {}  # frames of one object refer to it once
+    for one in record.inputs:
+        item = Dataset()
+        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = UID(one.sop_class), UID(one.sop_instance)
+        found.setdefault(one.sop_instance, item)
+    return list(found.values())
+
+
+def _put_probability(dataset: Dataset, measured: Dataset) -> None:
+    """Puts a measured value where the template has another: a report has one."""
+    for item in dataset.get("ContentSequence", ()):
+        if item.ValueType == "NUM":
+            item.MeasuredValueSequence = measured.MeasuredValueSequence
+        _put_probability(item, measured)
 
 
 def encode(dataset: Dataset, record: AnswerRecord, kind: str) -> Document:
@@ -190,15 +271,6 @@ def _version_of(record: AnswerRecord) -> tuple[str, str, str]:
     return inputs_digest(record.package, record.inputs), record.package, str(record.version)
 
 
-def _evidence(record: AnswerRecord, source: InputRef) -> Dataset:
-    one = Dataset()
-    one.StudyInstanceUID = record.study
-    one.SeriesInstanceUID = record.series
-    one.SOPInstanceUID = UID(source.sop_instance)
-    one.SOPClassUID = UID(source.sop_class)
-    return one
-
-
 def _content(record: AnswerRecord) -> MeasurementReport:
     shown = record.shown
     frames = [shown.frame + 1] if shown.frame else None
@@ -212,15 +284,7 @@ def _content(record: AnswerRecord) -> MeasurementReport:
         qualitative_evaluations=[QualitativeEvaluation(name=_FINDING, value=finding_code(record))],
         source_images=[SourceImageForMeasurementGroup(shown.sop_class, shown.sop_instance, frames)],
     )
-    comments = [RESEARCH_ONLY + "."]
-    if record.reason:
-        comments.append(f"Not assessed: {record.reason}.")
-    if record.complete:
-        images = len({one.sop_instance for one in record.inputs})
-        comments.append(f"Images read: {images}. Series thought complete by: {record.complete}.")
-    if record.degraded:
-        comments.append(f"Degraded mode: {record.degraded}.")
-    for comment in comments:
+    for comment in _comments(record):
         group[0].ContentSequence.append(
             TextContentItem(name=_COMMENT, value=comment, relationship_type=RelationshipTypeValues.CONTAINS)
         )
@@ -239,6 +303,18 @@ def _content(record: AnswerRecord) -> MeasurementReport:
         procedure_reported=_PROCEDURES.get(record.modality, _ANY_PROCEDURE),
         imaging_measurements=[group],
     )
+
+
+def _comments(record: AnswerRecord) -> list[str]:
+    comments = [RESEARCH_ONLY + "."]
+    if record.reason:
+        comments.append(f"Not assessed: {record.reason}.")
+    if record.complete:
+        images = len({one.sop_instance for one in record.inputs})
+        comments.append(f"Images read: {images}. Series thought complete by: {record.complete}.")
+    if record.degraded:
+        comments.append(f"Degraded mode: {record.degraded}.")
+    return comments
 
 
 def finding_code(record: AnswerRecord) -> CodedConcept:
