@@ -245,6 +245,7 @@ class _Made:
         self._folder = folder
         self._nodes = 0
         self._large: dict[int, FileDataset] = {}
+        self._series: dict[str, str] = {}
         self._sent: dict[tuple[int, str], FileDataset] = {}
         rng = np.random.default_rng(1)
         self._small = [_phantom(rng, "chest-xray", label % 3, 1)[0] for label in range(6)]
@@ -279,7 +280,9 @@ class _Made:
     def section(self, number: int, study: str) -> Path:
         item = self._sections[number % len(self._sections)]
         item.InstanceNumber = number + 1
-        return self._write(item, f"section-{number}", study or generate_uid(), series=f"{study or '2.25.1'}.1")
+        return self._write(
+            item, f"section-{number}", study or generate_uid(), series=self._series.setdefault(study, generate_uid())
+        )
 
     def _write(self, item: FileDataset, name: str, study: str, series: str = "") -> Path:
         item.StudyInstanceUID, item.SeriesInstanceUID = study, series or generate_uid()
