@@ -220,12 +220,13 @@ def test_attack_what_cannot_be_read_has_a_reason_and_what_is_behind_it_an_answer
 
 
 @pytest.mark.parametrize("name", SILENT)
-def test_what_the_model_was_not_made_for_is_not_assessed_and_says_why(node: Node, name: str) -> None:
+def test_what_the_model_was_not_made_for_is_not_assessed_and_says_why(node: Node, reader: Reader, name: str) -> None:
     spoil, why = SILENT[name]
-    item = radiograph()
+    item, child = radiograph(), reader.pid
     spoil(item)
     node.put([item])
     node.run(after_s=1)
+    assert reader.pid == child  # a new one costs a second
     assert (outcome(node, item), reason(node)) == ("unassessed", why)
 
 

@@ -154,7 +154,7 @@ def main() -> None:
             time.sleep(1)
     sender = make_sender(state, int(sys.argv[3]))
     sender.start()
-    pipeline = make_pipeline(state, builder=Builder())
+    pipeline = make_pipeline(state, builder=Builder(), reader=Reader())
     while True:
         if not pipeline.step():
             time.sleep(0.01)
