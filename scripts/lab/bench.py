@@ -13,6 +13,7 @@ from scripts.lab import (
     bench_answer,
     bench_burned_in,
     bench_corpora,
+    bench_evidence,
     bench_inference,
     bench_intake,
     bench_kill,
@@ -30,6 +31,7 @@ BENCHES: dict[str, Callable[[], Sequence[Row]]] = {
     "inference": bench_inference.measure,
     "variants": bench_variants.measure,
     "learning": bench_learning.measure,
+    "evidence": bench_evidence.measure,
     "burned-in": bench_burned_in.measure,
 }
 
