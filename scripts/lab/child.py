@@ -122,7 +122,7 @@ class Child:
 def peak_bytes(pid: int) -> int:
     """Returns the highest resident memory so far (VmHWM) of the largest of a process and those it started."""
     total = 0
-    for one in [pid, *_descendants(pid)]:
+    for one in [pid, *descendants(pid)]:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{one}/status").read_text().splitlines():
                 if line.startswith("VmHWM:"):
@@ -130,10 +130,11 @@ def peak_bytes(pid: int) -> int:
     return total
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """Returns the ids of the processes that a process started, and that those started."""
     found: list[int] = []
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
             for child in (task / "children").read_text().split():
-                found += [int(child), *_descendants(int(child))]
+                found += [int(child), *descendants(int(child))]
     return found

@@ -1,7 +1,7 @@
-"""Every file of the two folders of real and hostile objects, sent by senders that are not ours, and what became of it.
+"""Every file of the two folders of real and hostile objects, sent by foreign senders, and what became of it.
 
-DCMTK's `storescu` reads the files; Orthanc is given them by REST and sends them as a modality. What a sender put on
-the wire is taken from the wire (scripts.lab.tap) and compared with what the spool holds, byte for byte.
+What was stored is fetched back by WADO-RS and compared, byte for byte, with what the sender put on the wire; what was
+refused is compared with what the quarantine holds.
 """
 
 from __future__ import annotations
@@ -9,55 +9,45 @@ from __future__ import annotations
 import csv
 import hashlib
 import sqlite3
-import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-import pydicom
+from edge.intake.status import STATUS, Outcome
+from scripts.lab.senders import NO_ANSWER, NotSentError, Sender, Sent, Web
 
-from scripts.lab.child import listens
-from scripts.lab.parts import Orthanc, start_orthanc
-from scripts.lab.tap import Conversation, Tap
-
-PATIENCE_S = 60.0
-# What storescu must be told to propose, by transfer syntax; it has no JPEG 2000, HTJ2K or JPEG XL decoder.
-_PROPOSE = {
-    "1.2.840.10008.1.2": "-xi",
-    "1.2.840.10008.1.2.2": "-xb",
-    "1.2.840.10008.1.2.1.99": "-xd",
-    "1.2.840.10008.1.2.4.50": "-xy",
-    "1.2.840.10008.1.2.4.51": "-xx",
-    "1.2.840.10008.1.2.4.70": "-xs",
-    "1.2.840.10008.1.2.4.80": "-xt",
-    "1.2.840.10008.1.2.4.81": "-xu",
-    "1.2.840.10008.1.2.4.90": "-xv",
-    "1.2.840.10008.1.2.4.91": "-xw",
-    "1.2.840.10008.1.2.4.100": "-xm",
-    "1.2.840.10008.1.2.4.102": "-xn",
-    "1.2.840.10008.1.2.5": "-xr",
-}
-NOT_SENT, FELL = "refused by the sender", "the sender fell over it"
-NO_CONTEXT, NO_ANSWER, LOST = "no context", "NO ANSWER", "NOT IDENTICAL"
-STORED = "stored"
+BOUND_S = 10.0  # an answer that takes longer is a stall
+# What may become of a file that was stored; whatever it is, the spool holds the very bytes.
+FETCHED = "fetched back"
+NO_UID = "no study or series UID"  # DICOMweb has no address for it; imaging quarantines it for this reason
+BESIDE = "another one shown"  # kept beside another object of the same UIDs, which is the one that WADO-RS gives
+CONFLICT = Outcome.IDENTITY_CONFLICT.value  # kept beside and not shown: the page lists it
+KEPT = (FETCHED, NO_UID, BESIDE, CONFLICT)
+# Faults of the node.
+LOST, SILENT, STALLED, WRONG_STATUS = "NOT IDENTICAL", "NO ANSWER", "STALLED", "ANOTHER STATUS"
+FAULTS = (LOST, SILENT, STALLED, WRONG_STATUS)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One file of a corpus."""
+    """One file of a corpus; `expected` is the manifest's own word."""
 
     path: Path
     category: str
+    expected: str = ""
 
 
 @dataclass(frozen=True)
 class Fate:
-    """What became of one file: STORED, one of the words above, or the outcome of the door's quarantine."""
+    """What became of one file by one sender: a word of KEPT or FAULTS, one of the sender's, or the door's outcome."""
 
     item: Item
     outcome: str
-    digest: str = ""  # of the object in the spool
+    reason: str = ""  # of the door's quarantine
+    digest: str = ""  # of the object in spool or quarantine
+    answer_s: float = 0.0  # the longest wait for a word of the node
+    fetch_s: float = 0.0
 
 
 def corpus(data: Path) -> list[Item]:
@@ -67,112 +57,64 @@ def corpus(data: Path) -> list[Item]:
         with (data / folder / "manifest.csv").open(newline="") as file:
             for row in csv.DictReader(file):
                 category = f"{folder}: {row.get('category') or row.get('kind') or ''}".rstrip(": ")
-                items.append(Item(data / folder / row["file"], category))
+                items.append(Item(data / folder / row["file"], category, row.get("expected", "")))
     return items
 
 
-class SenderFellError(Exception):
-    """The sender crashed or hung on a file."""
-
-
-def storescu(item: Item, port: int) -> None:
-    """Sends a file with DCMTK, which proposes the file's own transfer syntax where it knows it.
-
-    Raises:
-        SenderFellError: it ended by a signal, or not at all.
-    """
-    option = _PROPOSE.get(_transfer_syntax(item.path))
-    command = ["storescu", "-R", *([option] if option else []), "-aet", "MODALITY", "-aec", "RADFLEET"]
-    try:
-        done = subprocess.run(
-            [*command, "127.0.0.1", str(port), str(item.path)],
-            capture_output=True,
-            check=False,
-            timeout=PATIENCE_S,
-            env={"PATH": "/usr/bin:/bin", "TCP_NODELAY": "1"},
-        )
-    except subprocess.TimeoutExpired as exc:
-        raise SenderFellError from exc
-    if done.returncode < 0:
-        raise SenderFellError
-
-
-class OrthancSender:
-    """An Orthanc that is given files by REST and sends them to the door behind a tap; started again when it fell."""
-
-    def __init__(self, folder: Path, port: int) -> None:
-        self._server = start_orthanc(folder, aet="MODALITY", peers=[("RADFLEET", port)], DicomAssociationCloseDelay=0)
-
-    def send(self, item: Item, _port: int) -> None:
-        """Sends a file, unless Orthanc does not take it.
-
-        Raises:
-            SenderFellError: Orthanc crashed, or gave no answer.
-        """
-        try:
-            _by_orthanc(self._server, item)
-        except httpx.TransportError as exc:
-            self._server.child.stop()
-            self._server.child.restart()
-            self._server.child.wait_ready("orthanc", lambda: listens(self._server.http_port), seconds=60)
-            raise SenderFellError from exc
-
-    def close(self) -> None:
-        """Stops it."""
-        self._server.child.stop()
-
-
-def _by_orthanc(server: Orthanc, item: Item) -> None:
-    rest = f"http://127.0.0.1:{server.http_port}"
-    taken = httpx.post(f"{rest}/instances", content=item.path.read_bytes(), timeout=PATIENCE_S)
-    if taken.status_code != httpx.codes.OK:
-        return
-    instance = taken.json()["ID"]
-    httpx.post(f"{rest}/modalities/RADFLEET/store", json={"Resources": [instance]}, timeout=PATIENCE_S)
-    httpx.delete(f"{rest}/instances/{instance}", timeout=PATIENCE_S)  # the next may have the same identifiers
-
-
-def send_all(items: Sequence[Item], tap: Tap, send: Callable[[Item, int], None], state: Path) -> list[Fate]:
-    """Sends files one by one through the tap to the door of the node at `state`, and looks at each."""
+def send_all(items: Sequence[Item], send: Sender, state: Path, web: Web) -> list[Fate]:
+    """Sends files one by one to the node at `state`, and looks at each before the next."""
     fates = []
     for item in items:
         try:
-            send(item, tap.port)
-            fell = False
-        except SenderFellError:
-            fell = True
-        fates.append(_fate(item, tap.heard(), state, fell=fell))
+            sent = send(item.path)
+        except NotSentError as exc:
+            fates.append(Fate(item, str(exc)))
+        else:
+            fates.append(look(item, sent, state, web))
     return fates
 
 
-def _fate(item: Item, conversations: Sequence[Conversation], state: Path, *, fell: bool) -> Fate:
-    transfers = [transfer for one in conversations for transfer in one.transfers()]
-    if not transfers and fell:
-        return Fate(item, FELL)
-    if not transfers:
-        asked = any(one.answered and not one.accepted() for one in conversations)
-        return Fate(item, NO_CONTEXT if asked else NOT_SENT)
-    last = transfers[-1]
-    digest = hashlib.sha256(last.transfer_syntax.encode() + b"\0" + last.data).hexdigest()
-    if last.status == -1:
-        return Fate(item, NO_ANSWER)
-    database = sqlite3.connect(f"file:{state / 'intake.sqlite'}?mode=ro", uri=True, timeout=30)
-    try:
-        if last.status == 0:
-            row = database.execute("SELECT file, offset FROM objects WHERE digest = ?", (digest,)).fetchone()
-            whole = row is not None and (state / "spool" / row[0]).read_bytes()[row[1] :] == last.data
-            return Fate(item, STORED if whole else LOST, digest)
-        row = database.execute("SELECT file, outcome FROM quarantine WHERE digest = ?", (digest,)).fetchone()
-    finally:
-        database.close()
+def look(item: Item, sent: Sent, state: Path, web: Web) -> Fate:
+    """Returns what became of a file that was just sent."""
+    if sent.status == NO_ANSWER:
+        return Fate(item, SILENT, answer_s=sent.seconds)
+    fate = _kept(item, sent, state, web) if sent.status == 0 else _refused(item, sent, state)
+    return fate if max(fate.answer_s, fate.fetch_s) <= BOUND_S else Fate(item, STALLED, answer_s=fate.answer_s)
+
+
+def _kept(item: Item, sent: Sent, state: Path, web: Web) -> Fate:
+    syntax, data = sent.forms[0]
+    digest = _digest(syntax, data)
+    row = _row(state, "SELECT * FROM objects WHERE digest = ?", digest)
+    if row is None or (state / "spool" / row["file"]).read_bytes()[row["offset"] :] != data:
+        return Fate(item, LOST, digest=digest, answer_s=sent.seconds)
+    if row["state"] == CONFLICT or not row["study"] or not row["series"]:
+        return Fate(item, CONFLICT if row["state"] == CONFLICT else NO_UID, digest=digest, answer_s=sent.seconds)
+    uids = (row["study"], row["series"], row["sop_instance"])
+    back_syntax, back, seconds = web.fetch(*uids)
+    outcome = FETCHED if (back_syntax, back) == (syntax, data) else LOST
+    question = "SELECT digest FROM objects WHERE study = ? AND series = ? AND sop_instance = ? AND state = 'kept'"
+    if outcome == LOST and (shown := _row(state, f"{question} AND id > ? ORDER BY id DESC", *uids, row["id"])):
+        outcome = BESIDE if shown["digest"] == _digest(back_syntax, back) else LOST
+    return Fate(item, outcome, digest=digest, answer_s=sent.seconds, fetch_s=seconds)
+
+
+def _refused(item: Item, sent: Sent, state: Path) -> Fate:
+    row = _row(state, "SELECT * FROM quarantine ORDER BY rowid DESC")
     if row is None:
-        return Fate(item, f"{LOST}, status {last.status:#06x}")
-    kept = (state / "quarantine" / row[0]).read_bytes()
-    return Fate(item, row[1] if kept.endswith(last.data) else LOST)
+        return Fate(item, LOST, f"status {sent.status:#06x}", answer_s=sent.seconds)
+    file = (state / "quarantine" / row["file"]).read_bytes()
+    whole = file[len(file) - row["length"] :] in [data for _, data in sent.forms] and row["reason"]
+    outcome = row["outcome"] if STATUS[Outcome(row["outcome"])] == sent.status else WRONG_STATUS
+    return Fate(item, outcome if whole else LOST, row["reason"], row["digest"], sent.seconds)
 
 
-def _transfer_syntax(path: Path) -> str:
-    try:
-        return str(pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[]).file_meta.TransferSyntaxUID)
-    except Exception:  # noqa: BLE001 damaged on purpose
-        return ""
+def _digest(syntax: str, data: bytes) -> str:
+    return hashlib.sha256(syntax.encode() + b"\0" + data).hexdigest()
+
+
+def _row(state: Path, question: str, *values: object) -> sqlite3.Row | None:
+    with closing(sqlite3.connect(f"file:{state / 'intake.sqlite'}?mode=ro", uri=True, timeout=30)) as database:
+        database.row_factory = sqlite3.Row
+        row: sqlite3.Row | None = database.execute(question, values).fetchone()
+        return row

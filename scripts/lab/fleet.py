@@ -52,6 +52,7 @@ class Page:
         self._http = httpx.Client(base_url=url, verify=verify, timeout=30)
         self.post("/api/welcome", link=link.rsplit("/", 1)[1], password=self.password)
         token = self.post("/api/login", name=name, password=self.password)["token"]
+        self.token = token
         self._http.headers["Authorization"] = f"Bearer {token}"
 
     def answers(self) -> bool:

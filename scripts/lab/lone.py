@@ -9,17 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.lab.child import Child, free_port, listens, wait_until
+from scripts.lab.child import Child, descendants, free_port, listens, wait_until
 from scripts.lab.fleet import BIN, Page, run
 
 
 @dataclass
 class LoneNode:
-    """Its DICOM port and its signed-in page."""
+    """Its DICOM port, its signed-in page, and its processes."""
 
     folder: Path
     dicom_port: int
     page: Page
+    children: list[Child]
+
+    def process_ids(self) -> list[int]:
+        """Returns the ids of the processes that live, each before those it started."""
+        return [pid for child in self.children if child.alive() for pid in (child.pid, *descendants(child.pid))]
 
     def answers(self, studies: set[str], *, seconds: float = 120) -> list[dict[str, Any]]:
         """Returns the worklist rows of the studies, waiting until every one is answered."""
@@ -52,7 +57,7 @@ def lone_node(folder: Path) -> Iterator[LoneNode]:
         children[0].wait_ready("the door", lambda: listens(dicom_port))
         children[1].wait_ready("the pipeline", (folder / "state" / "run" / "pipeline.json").exists, seconds=60)
         children[2].wait_ready("the page", lambda: listens(web_port), seconds=60)
-        yield LoneNode(folder, dicom_port, Page(f"http://127.0.0.1:{web_port}", link[0], "administrator"))
+        yield LoneNode(folder, dicom_port, Page(f"http://127.0.0.1:{web_port}", link[0], "administrator"), children)
     finally:
         for child in children:
             child.stop()

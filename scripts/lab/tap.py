@@ -10,6 +10,8 @@ import contextlib
 import socket
 import struct
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 _RQ, _AC, _RJ, _DATA = 1, 2, 3, 4
@@ -28,11 +30,21 @@ class Transfer:
 
 @dataclass
 class Conversation:
-    """One connection: what either side said, and whether it is over."""
+    """One connection: what either side said, whether it is over, and how long the door's slowest word took."""
 
     said: bytearray = field(default_factory=bytearray)
     answered: bytearray = field(default_factory=bytearray)
     over: threading.Event = field(default_factory=threading.Event)
+    waited_s: float = 0.0
+    _said_at: float = field(default_factory=time.monotonic)
+
+    def caller_spoke(self) -> None:
+        """Starts the clock anew: the door has not heard all before."""
+        self._said_at = time.monotonic()
+
+    def door_spoke(self) -> None:
+        """Reads the clock."""
+        self.waited_s = max(self.waited_s, time.monotonic() - self._said_at)
 
     def rejected(self) -> bool:
         """Tells whether the association was rejected."""
@@ -103,19 +115,21 @@ class Tap:
     def _converse(self, caller: socket.socket, conversation: Conversation) -> None:
         with caller, contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._target), 30) as door:
             door.settimeout(None)
-            back = threading.Thread(target=_pump, args=(door, caller, conversation.answered), daemon=True)
+            answers = (door, caller, conversation.answered, conversation.door_spoke)
+            back = threading.Thread(target=_pump, args=answers, daemon=True)
             back.start()
-            _pump(caller, door, conversation.said)
+            _pump(caller, door, conversation.said, conversation.caller_spoke)
             back.join()
         conversation.over.set()
 
 
-def _pump(source: socket.socket, sink: socket.socket, record: bytearray) -> None:
+def _pump(source: socket.socket, sink: socket.socket, record: bytearray, spoke: Callable[[], None]) -> None:
     with contextlib.suppress(OSError):
         for one in (source, sink):
             one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         while data := source.recv(1 << 16):
             record += data
+            spoke()
             sink.sendall(data)
     with contextlib.suppress(OSError):
         sink.shutdown(socket.SHUT_WR)
