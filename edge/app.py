@@ -41,6 +41,7 @@ LEARNING_LINGER_S = 60.0
 POLL_S = 1.0
 PIPELINE_LOOK_S = 0.1  # the fallback when a nudge was lost
 SITE_KEY_BYTES = 32
+READERS = 4  # processes that decode, at most: the line before the models is eight objects long
 
 
 def found(config: EdgeConfig) -> str | None:
@@ -207,13 +208,14 @@ def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
     clock, state = SystemClock(), config.state
     ear = Ear(config.run_folder / "pipeline.sock")
     store = Store(state / "results.sqlite", state / "intake.sqlite")
+    cores = len(os.sched_getaffinity(0))
     gpu, engines = find_gpu(), Engines(state / "engines", clock)
 
     def load(folder: Path, manifest: Manifest) -> OnnxEngine:
         return load_engine(
             folder,
             manifest,
-            threads=len(os.sched_getaffinity(0)),
+            threads=cores,
             accelerator=Accelerator(gpu, engines) if gpu else None,
             accept=lambda engine: golden_proof(engine, folder, manifest),
         )
@@ -239,7 +241,7 @@ def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
         sender.start()
     drops = state / "outbox" / "drop"
     drops.mkdir(parents=True, exist_ok=True)
-    readers, builder = [Reader() for _ in range(len(os.sched_getaffinity(0)))], Builder()
+    readers, builder = [Reader() for _ in range(min(cores, READERS))], Builder()
     pipeline = Pipeline(
         store,
         state / "spool",

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import cv2
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -144,6 +145,7 @@ _SEEN = msgspec.msgpack.Decoder(Seen)
 
 
 def _work(request: bytes) -> Iterator[bytes]:
+    cv2.setNumThreads(1)  # there is a process a core
     asked = _ASKED.decode(request)
     opened, frames = read_object(Path(asked.path), asked.heads)
     yield msgspec.msgpack.encode(opened)
