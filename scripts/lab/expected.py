@@ -139,7 +139,7 @@ def departure(item: Item, outcome: str) -> str | None:
 def _by_its_header(path: Path, outcome: str) -> str | None:
     """The reasons that a file's own header gives, whatever was expected of its body."""
     try:
-        dataset = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+        dataset = pydicom.dcmread(path, defer_size=4096, force=True)
     except Exception:  # noqa: BLE001 damaged on purpose
         return None
     meta = dataset.file_meta
@@ -151,4 +151,6 @@ def _by_its_header(path: Path, outcome: str) -> str | None:
         return "by HTTP: no file meta information (PS3.10 7.1) that names class, instance and transfer syntax"
     if outcome == UNREAD and not (dataset.get("StudyInstanceUID") and dataset.get("SeriesInstanceUID")):
         return "the object names no study or no series"
+    if outcome == UNREAD and "PixelData" not in dataset:
+        return "an object of an image class without pixel data"
     return None
