@@ -26,6 +26,9 @@ from shared.package.input_spec import to_model_input
 from shared.package.manifest import Head
 
 
+FRAMES_READ = 2048  # of one object: what all of them say is held until the last is read
+
+
 class Opened(Struct, frozen=True, array_like=True):
     """What an object is, before any pixel is decoded."""
 
@@ -94,6 +97,8 @@ def read_object(path: Path, heads: Sequence[Head]) -> Parts:
     dataset = open_object(path)
     image = describe(dataset)
     found = route(heads, image)
+    if not isinstance(found, NotAssessed) and image.frames > FRAMES_READ:
+        found = NotAssessed(f"{image.frames} frames in one object are not assessed")
     head = None if isinstance(found, NotAssessed) or image.ours or not image.has_pixels else found
     opened = Opened(
         image=image,

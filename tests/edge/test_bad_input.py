@@ -17,7 +17,7 @@ from pydicom.sequence import Sequence
 from pydicom.uid import UID, JPEG2000Lossless, JPEGLSLossless, RLELossless
 
 from edge.imaging.cell import Limits
-from edge.imaging.reading import Reader
+from edge.imaging.reading import FRAMES_READ, Reader
 from edge.intake.part import Arriving
 from edge.results import reading
 from scripts.lab.child import peak_bytes
@@ -297,6 +297,15 @@ def test_a_multi_frame_ct_is_a_series_of_its_frames(node: Node) -> None:
     (row,) = node.worklist()
     record = node.record(row.answer)
     assert (record.reason, len(record.inputs)) == ("", 6)
+
+
+def test_more_frames_than_are_held_at_once_are_not_assessed(node: Node) -> None:
+    item = ct(1)[0]
+    item.Rows = item.Columns = 8
+    item.NumberOfFrames, item.PixelData = FRAMES_READ + 1, bytes(2 * 64 * (FRAMES_READ + 1))
+    node.put([item])
+    node.run(after_s=1)
+    assert node.worklist()[0].reason == f"{FRAMES_READ + 1} frames in one object are not assessed"
 
 
 def test_a_series_of_one_slice_is_answered_by_a_head_that_reads_slices(node: Node) -> None:
