@@ -250,3 +250,11 @@ def test_a_batch_is_used_where_it_pays(tmp_path: Path) -> None:
     for together, expected in ((0.020, 8), (0.078, 1)):
         marks = iter([mark for n in range(3) for mark in (n, n + 0.010, n + 0.5, n + 0.5 + together)])
         assert load_engine(folder, manifest, threads=1, timer=lambda marks=marks: next(marks)).batch == expected
+
+
+@pytest.mark.parametrize(("two", "threads"), [(0.009, 1), (0.006, 2)])
+def test_more_threads_are_taken_where_they_gain(tmp_path: Path, two: float, threads: int) -> None:
+    folder, manifest = package(tmp_path, "cpu-a")
+    lasted = [0.010, two] * 12 + [0.010, 0.080] * 3  # one thread and two, in turns; then alone and in a batch
+    marks = iter([mark for n, seconds in enumerate(lasted) for mark in (n, n + seconds)])
+    assert load_engine(folder, manifest, threads=2, timer=lambda: next(marks)).threads == threads
