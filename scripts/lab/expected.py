@@ -140,11 +140,11 @@ def _by_its_header(path: Path, outcome: str) -> str | None:
     """The reasons that a file's own header gives, whatever was expected of its body."""
     try:
         dataset = pydicom.dcmread(path, defer_size=4096, force=True)
+        meta = dataset.file_meta
+        names = ("SOPClassUID", "SOPInstanceUID")
+        pairs = [(str(meta.get(f"MediaStorage{name}", "")), str(dataset.get(name, ""))) for name in names]
     except Exception:  # noqa: BLE001 damaged on purpose
         return None
-    meta = dataset.file_meta
-    names = ("SOPClassUID", "SOPInstanceUID")
-    pairs = [(str(meta.get(f"MediaStorage{name}", "")), str(dataset.get(name, ""))) for name in names]
     if outcome == MISMATCH and any(meta_says != data_says for meta_says, data_says in pairs):
         return "by HTTP: the file meta information names another object than the data set"
     if outcome == NOT_DICOM and not (all(said for said, _ in pairs) and meta.get("TransferSyntaxUID")):
