@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import resource
 import signal
 import threading
@@ -153,6 +154,26 @@ class Cell:
         child.kill()
         child.join(_JOIN_S)
         pipe.close()
+
+
+class Cells:
+    """Up to `many` cells for threads that each want all answers at once; a cell is started when it is first needed."""
+
+    def __init__(self, work: Work, many: int, limits: Limits | None = None) -> None:
+        self._work = work
+        self._limits = limits
+        self._free: queue.LifoQueue[Cell | None] = queue.LifoQueue()
+        for _ in range(many):
+            self._free.put(None)
+
+    def ask(self, request: bytes) -> list[bytes]:
+        """Returns what `work` yields, waiting for a free cell; raises as `Cell.ask` does."""
+        cell = self._free.get()
+        try:
+            cell = cell or Cell(self._work, self._limits)
+            return list(cell.ask(request))
+        finally:
+            self._free.put(cell)
 
 
 class _DiedError(Exception):

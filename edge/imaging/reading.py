@@ -25,7 +25,6 @@ from shared.errors import PeerError
 from shared.package.input_spec import to_model_input
 from shared.package.manifest import Head
 
-
 FRAMES_READ = 2048  # of one object: what all of them say is held until the last is read
 
 

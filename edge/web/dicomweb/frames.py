@@ -5,7 +5,6 @@ Every size is checked against the header and the limits below before a decoder a
 
 from __future__ import annotations
 
-import threading
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -19,6 +18,7 @@ from pydicom.pixels.processing import convert_color_space
 from pydicom.tag import BaseTag
 from pydicom.uid import UID
 
+from edge.imaging.codestream import sides
 from edge.web.dicomweb.elements import PIXELS, Header
 from edge.web.dicomweb.media import COMPRESSED, NATIVE
 from shared.errors import PeerError
@@ -29,7 +29,6 @@ Array = npt.NDArray[Any]
 FRAME_BYTES = 256 * 1024 * 1024  # of one decoded frame
 ENCODED_BYTES = 256 * 1024 * 1024  # of one compressed frame
 FRAMES = 100_000
-_DECODING = threading.BoundedSemaphore(2)  # frames decoded at once: a decoded frame may be large
 _UNDEFINED = 0xFFFFFFFF
 _DESCRIPTION = (
     "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit",
@@ -135,9 +134,11 @@ class Pixels:
             UndecodableError: it cannot be decoded.
         """
         encoded = self.stored(number)
+        told = sides(encoded) if self.compressed else None
+        if told and told != (self.rows, self.columns):
+            raise UndecodableError(f"The frame says {told[0]} x {told[1]} pixels, its description says otherwise.")
         try:
-            with _DECODING:
-                return self._decode(encoded)
+            return self._decode(encoded)
         except Exception as exc:  # pydicom and the codecs name no family
             raise UndecodableError(
                 f"The frame cannot be decoded: {type(exc).__name__}.", cure="Ask for it as it is stored."

@@ -10,15 +10,14 @@ from io import BytesIO
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-import pydicom
 from msgspec import Struct
 from pydicom.dataelem import RawDataElement
-from pydicom.dataset import Dataset
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import UID, ExplicitVRLittleEndian
+from pydicom.uid import UID
 
 from edge.intake.head import BIG_ENDIAN, DEFLATED
+from edge.web.dicomweb import decoding
+from edge.web.dicomweb.decoding import TRANSCODED_BYTES, UnconvertibleError
 from edge.web.dicomweb.elements import Header, encode_json, identity, opened, to_json
 from edge.web.dicomweb.frames import NoFrameError, Pixels
 from edge.web.dicomweb.media import (
@@ -33,19 +32,12 @@ from edge.web.dicomweb.media import (
     multipart,
     multipart_type,
 )
-from edge.web.dicomweb.picture import Picture, render
+from edge.web.dicomweb.picture import Picture
 from edge.web.dicomweb.retention import Kept, NotKeptError, Retention
 from shared.errors import PeerError, StateError
-from shared.files import read_limited
 
-TRANSCODED_BYTES = 256 * 1024 * 1024  # objects that are larger, or decode to more, are given as stored or not at all
 _TRANSCODING = threading.BoundedSemaphore(1)
-_RENDERING = threading.BoundedSemaphore(2)  # a picture takes several times its frame
 _UNDEFINED = 0xFFFFFFFF
-
-
-class UnconvertibleError(PeerError):
-    """The object cannot be brought into explicit VR little endian here."""
 
 
 class Body(Struct, frozen=True):
@@ -146,7 +138,8 @@ def frames(retention: Retention, kept: Kept, numbers: list[int], wanted: list[Ac
             if kind is None or (single and len(numbers) > 1):
                 continue
             media, decode = kind
-            read = pixels.decoded if decode else pixels.stored
+            away = partial(decoding.frame, retention.path(kept), kept)
+            read = away if decode and pixels.compressed else pixels.stored
             syntax = EXPLICIT if decode or not pixels.compressed else kept.transfer_syntax
             first = read(numbers[0])  # before the answer begins, so that a fault still has a status
             later = stack.pop_all()
@@ -167,8 +160,9 @@ def rendered(retention: Retention, kept: Kept, number: int, picture: Picture) ->
         NoFrameError: the object has no such frame.
         PeerError: it cannot be decoded.
     """
-    with _RENDERING, opened(retention.path(kept), kept) as file:
-        return render(Pixels(Header(file, kept.transfer_syntax), kept.transfer_syntax), number, picture)
+    with opened(retention.path(kept), kept) as file:
+        Pixels(Header(file, kept.transfer_syntax), kept.transfer_syntax).stored(number)  # is it there at all?
+    return decoding.picture(retention.path(kept), kept, number, picture)
 
 
 def _frame_kind(pixels: Pixels, one: Accepted) -> tuple[str, bool] | None:
@@ -245,43 +239,11 @@ def _part(path: Path, kept: Kept, wanted: str) -> tuple[str, Iterator[bytes]]:
     if wanted in {"", EXPLICIT} and syntax != EXPLICIT and _convertible(kept):
         try:
             with _TRANSCODING:
-                return f"{DICOM}; transfer-syntax={EXPLICIT}", _pieces(_explicit(path, kept))
+                return f"{DICOM}; transfer-syntax={EXPLICIT}", _pieces(decoding.explicit(path, kept))
         except UnconvertibleError:
             if wanted:
                 raise
     return f"{DICOM}; transfer-syntax={syntax}", file_pieces(path)
-
-
-def _explicit(path: Path, kept: Kept) -> bytes:
-    try:
-        with opened(path, kept) as file:
-            pixels = Pixels(Header(file, kept.transfer_syntax), kept.transfer_syntax)
-            decoded = pixels.frame_bits // 8 * pixels.frames
-    except NoFrameError:
-        decoded = 0
-    except PeerError as exc:
-        raise UnconvertibleError(exc.message) from exc
-    if decoded > TRANSCODED_BYTES:
-        raise UnconvertibleError(f"Decoded, the object has {decoded} bytes.")
-    data = read_limited(path, TRANSCODED_BYTES)
-    try:
-        dataset = pydicom.dcmread(BytesIO(data))
-        if kept.transfer_syntax not in NATIVE and decoded:
-            dataset.decompress(generate_instance_uid=False)
-        elif kept.transfer_syntax == BIG_ENDIAN:
-            _swap(dataset)
-        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        out = BytesIO()
-        dataset.save_as(out, implicit_vr=False, little_endian=True)
-        return out.getvalue()
-    except Exception as exc:  # pydicom and the codecs name no family
-        raise UnconvertibleError(f"The object cannot be converted: {type(exc).__name__}.") from exc
-
-
-def _swap(dataset: Dataset) -> None:
-    """Pixels keep their order when pydicom writes another one."""
-    if "PixelData" in dataset and int(dataset.BitsAllocated) == 16:
-        dataset.PixelData = np.frombuffer(dataset.PixelData, ">u2").astype("<u2").tobytes()
 
 
 def _pieces(data: bytes) -> Iterator[bytes]:

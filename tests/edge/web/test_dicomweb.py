@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
+import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from io import BytesIO
@@ -28,6 +31,7 @@ from edge.web.dicomweb.search import Headers, search
 from edge.web.labels import MAY
 from shared.errors import PeerError
 from shared.signin import ROLES
+from tests.edge.test_bad_input import jpeg_ls_bomb
 from tests.simulators.dicomweb import VIEWER, DicomWebNode
 from tests.simulators.modality import EXPLICIT, encoded, phantom_study, split_file
 from tests.simulators.real_data import DATA, needs_data
@@ -289,13 +293,40 @@ class TestRetrieve:
         item.compress(RLELossless, generate_instance_uid=False)
         node.store(item)
         limit = len(item.PixelData) * 2  # twenty black frames are much smaller than decoded
-        monkeypatch.setattr("edge.web.dicomweb.objects.TRANSCODED_BYTES", limit)
+        monkeypatch.setattr("edge.web.dicomweb.decoding.TRANSCODED_BYTES", limit)
         whole = client.get(path_of(item), headers={"Accept": "application/dicom"})
         assert whole.headers["content-type"].endswith("transfer-syntax=1.2.840.10008.1.2.5")
         explicit = "application/dicom; transfer-syntax=1.2.840.10008.1.2.1"
         assert client.get(path_of(item), headers={"Accept": explicit}).status_code == 406
         monkeypatch.undo()
         assert client.get(path_of(item), headers={"Accept": explicit}).status_code == 200
+
+    def test_attack_a_frame_that_is_larger_than_its_description_is_not_decoded(
+        self, node: DicomWebNode, client: httpx.Client
+    ) -> None:
+        item = phantom_study("chest-xray", 1, seed=32)[0]
+        jpeg_ls_bomb(item)
+        node.store(item)
+        path = f"{path_of(item)}"
+        explicit = "application/octet-stream; transfer-syntax=1.2.840.10008.1.2.1"
+        for answer in (
+            client.get(f"{path}/frames/1", headers={"Accept": explicit}),
+            client.get(f"{path}/rendered"),
+        ):
+            assert answer.status_code == 406
+            assert "65535 x 65535" in answer.json()["error"]
+        assert client.get(f"{path}/frames/1", headers={"Accept": "image/jls"}).status_code == 200
+
+    def test_a_decoder_that_died_is_replaced_and_the_page_stays(self, node: DicomWebNode, client: httpx.Client) -> None:
+        item = phantom_study("chest-xray", 1, seed=33)[0]
+        item.compress(RLELossless, generate_instance_uid=False)
+        node.store(item)
+        assert client.get(f"{path_of(item)}/rendered").status_code == 200
+        children = {one.pid for one in multiprocessing.active_children()}
+        assert children
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+        assert client.get(f"{path_of(item)}/rendered").status_code == 200
 
     def test_big_endian_pixels_are_turned(self, node: DicomWebNode, client: httpx.Client) -> None:
         item = phantom_study("chest-xray", 0, seed=11)[0]
