@@ -206,7 +206,7 @@ def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
     from shared.package.manifest import Manifest
 
     clock, state = SystemClock(), config.state
-    ear = Ear(config.run_folder / "pipeline.sock")
+    ear, nudge = Ear(config.run_folder / "pipeline.sock"), Nudge(config.run_folder / "pipeline.sock")
     store = Store(state / "results.sqlite", state / "intake.sqlite")
     cores = len(os.sched_getaffinity(0))
     gpu, engines = find_gpu(), Engines(state / "engines", clock)
@@ -241,7 +241,7 @@ def run_pipeline(config: EdgeConfig, stop: threading.Event) -> None:
         sender.start()
     drops = state / "outbox" / "drop"
     drops.mkdir(parents=True, exist_ok=True)
-    readers, builder = [Reader() for _ in range(min(cores, READERS))], Builder()
+    readers, builder = [Reader() for _ in range(min(cores, READERS))], Builder(nudge)
     pipeline = Pipeline(
         store,
         state / "spool",

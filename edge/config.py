@@ -297,7 +297,8 @@ private_classes = []         # storage SOP class UIDs that no standard names
 # body_part = ["BREAST*"]    # body_part, study_description, series_description
 # action = "both"            # analyse, forward, both, keep (neither, but kept), ignore (neither)
 # destinations = ["archive"]
-# priority = "high"          # high, normal, low: the order in the queue, and what the archive is told
+# priority = "high"          # high, normal, low: the order in the queue, and what the archive is told; high is read
+                             # before all others, as images are that say STAT or HIGH themselves
 
 # [[fetch]]                  # asks an archive by C-FIND and C-MOVE; it must know our AE title, host and port
 # source = "archive"

@@ -97,7 +97,9 @@ class Line:
                 self._coming.append(coming)
 
     def _next(self, now: float) -> tuple[Claimed | None, bool]:
-        if not self._store.leased:  # a few are leased at once; before the next few, somebody else may go first
+        if (
+            not self._store.leased and len(self._urgent) < _LOOK
+        ):  # a few are leased at once; before the next few, somebody else may go first
             self._look()
         while self._urgent:
             claimed = self._store.claim_this(*self._urgent.pop(0), now)

@@ -48,7 +48,9 @@ class Builder:
     the reason; the next one gets a new child.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, done: Callable[[], None] = lambda: None) -> None:
+        """`done` is called, from a thread of the pool, whenever something is finished."""
+        self._done = done
         self._pool = self._start()
 
     def submit(self, record: AnswerRecord, spool: Path, now: float) -> Future[Documents]:
@@ -61,10 +63,12 @@ class Builder:
 
     def _run(self, work: Callable[P, R], *args: P.args, **named: P.kwargs) -> Future[R]:
         try:
-            return self._pool.submit(work, *args, **named)
+            future = self._pool.submit(work, *args, **named)
         except BrokenProcessPool:
             self._pool = self._start()
-            return self._pool.submit(work, *args, **named)
+            future = self._pool.submit(work, *args, **named)
+        future.add_done_callback(lambda _: self._done())
+        return future
 
     def close(self) -> None:
         """Ends the child."""

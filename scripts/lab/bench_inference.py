@@ -42,6 +42,7 @@ LONG = 2000  # slices of the series whose memory is measured
 SYNTAXES = {"uncompressed": None, "JPEG 2000": JPEG2000Lossless, "JPEG-LS": JPEGLSLossless}
 DOCUMENTS = 20  # answers whose reports and pictures are waited for
 _LOOK_S = 0.001
+_PATIENCE_S = 300
 _BUILT = "answers WHERE documents != ''"
 _SUBJECT = Subject("BENCH", "Phantom^Bench", "19600101", "F", "BENCH", "BENCH")
 
@@ -73,6 +74,7 @@ class Node:
         """Sends the files in one association, at most so many a second; every one must be taken."""
         heads = [pydicom.dcmread(file, stop_before_pixels=True) for file in files[:1]]
         ae = AE("MODALITY")
+        ae.dimse_timeout = ae.network_timeout = _PATIENCE_S
         ae.add_requested_context(heads[0].SOPClassUID, heads[0].file_meta.TransferSyntaxUID)
         association = ae.associate("127.0.0.1", self.port, ae_title="RADFLEET")
         assert association.is_established
@@ -87,7 +89,7 @@ class Node:
         """Returns when the study's answer was seen in results.sqlite, seconds since 1970."""
         with reading(self.folder / "state" / "results.sqlite") as db:
             assert db is not None
-            end = time.monotonic() + 60
+            end = time.monotonic() + _PATIENCE_S
             while not db.execute("SELECT 1 FROM answers WHERE study = ?", (study,)).fetchone():
                 assert time.monotonic() < end, "no answer came"
                 time.sleep(_LOOK_S)

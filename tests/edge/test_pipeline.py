@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -405,6 +406,18 @@ def test_documents_built_in_a_child_are_the_same(tmp_path: Path, builder: Builde
         wait_until("the documents", lambda n=node: bool(n.run() or n.count("deliveries")), seconds=60)  # type: ignore[misc]
         built.append(sqlite3.connect(node.results).execute("SELECT data FROM deliveries ORDER BY kind").fetchall())
     assert built[0] == built[1]
+
+
+def test_whoever_waits_is_woken_when_documents_are_finished(tmp_path: Path) -> None:
+    woken = threading.Event()
+    builder = Builder(woken.set)
+    node = Node(tmp_path, builder=builder)
+    node.put(phantom_study("chest-xray", 1, seed=11))
+    node.run()
+    assert woken.wait(60)
+    node.run()
+    assert node.count("deliveries") == 2
+    builder.close()
 
 
 def test_attack_a_document_that_kills_its_builder_stops_nothing(tmp_path: Path, builder: Builder) -> None:
