@@ -172,7 +172,7 @@ class Handover:
         try:
             part = part or self._spool.begin(arriving)  # an empty one
             if refused is not None:
-                self._spool._refuse(part, refused)
+                self._spool.refuse(part, refused)
                 part.discard()
                 return self._refused(refused)
             outcome = self._spool.finish(part)

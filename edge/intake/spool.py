@@ -121,7 +121,7 @@ class Spool:
         try:
             return self._finish(part)
         except RefusedError as exc:
-            self._refuse(part, exc)
+            self.refuse(part, exc)
             raise
         except OSError as exc:
             raise translate_os_error(exc, "the spool") from exc
@@ -398,7 +398,7 @@ class Spool:
                 return True, states.IDENTITY_CONFLICT
         return bool(others), states.KEPT
 
-    def _refuse(self, part: Part, refused: RefusedError) -> None:
+    def refuse(self, part: Part, refused: RefusedError) -> None:
         """Moves the bytes to the quarantine; what fails here changes nothing in the answer."""
         name = f"{part.digest}.dcm"
         arriving = part.arriving
