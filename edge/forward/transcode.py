@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+from msgspec import Struct
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.filewriter import dcmwrite
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from edge.imaging.read import DECODED_LIMIT_BYTES, open_object
+from edge.imaging.cell import Cells, Limits
+from edge.imaging.read import DECODED_LIMIT_BYTES, ask_streams, open_object
 from shared.errors import PeerError
 
 # Bytes of one word where a value is kept as bytes (PS3.5 6.2, PS3.5 7.3): these pydicom does not turn itself.
@@ -20,12 +23,31 @@ _WORD = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}
 
 
 def to_little_endian(path: Path, target: Path, *, implicit: bool) -> None:
-    """Writes an object to `target` with its pixels uncompressed and the same SOP Instance UID.
+    """Writes an object to `target` with its pixels uncompressed and the same SOP Instance UID, in a child process.
 
     Raises:
         PeerError: it cannot be decoded, or would be larger than DECODED_LIMIT_BYTES.
         StateError: the file is gone.
     """
+    _CELLS.ask(msgspec.msgpack.encode(_Asked(str(path), str(target), implicit)))
+
+
+class _Asked(Struct, frozen=True):
+    path: str
+    target: str
+    implicit: bool
+
+
+def _work(request: bytes) -> Iterator[bytes]:
+    asked = msgspec.msgpack.decode(request, type=_Asked)
+    _transcode(Path(asked.path), Path(asked.target), implicit=asked.implicit)
+    yield b""
+
+
+_CELLS = Cells(_work, 1, Limits(cpu_s=300, wall_s=1200.0, memory_bytes=4 * 1024**3))  # all frames of an object at once
+
+
+def _transcode(path: Path, target: Path, *, implicit: bool) -> None:
     dataset = open_object(path)
     syntax = dataset.file_meta.TransferSyntaxUID
     try:
@@ -53,6 +75,7 @@ def _ask_size(dataset: Dataset) -> None:
     size = rows * columns * bits * frames * samples // 8
     if not 0 < size <= DECODED_LIMIT_BYTES:
         raise PeerError(f"the pixels would take {size} bytes, the limit is {DECODED_LIMIT_BYTES}.")
+    ask_streams(dataset, rows, columns, frames)
 
 
 def _walk(dataset: Dataset) -> Iterator[DataElement]:

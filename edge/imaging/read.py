@@ -179,7 +179,7 @@ def decode_frames(dataset: Dataset, head: ImageHead) -> Iterator[Frame]:
     """
     check_size(dataset, head)
     with translated("cannot be decoded"):
-        _ask_streams(dataset, head)
+        ask_streams(dataset, head.rows, head.columns, head.frames)
         # More pixel data than NumberOfFrames says would give more frames: those were not counted above.
         for index, pixels in enumerate(iter_pixels(dataset, raw=True, allow_excess_frames=False)):
             if pixels.shape != (head.rows, head.columns):
@@ -206,13 +206,13 @@ def check_size(dataset: Dataset, head: ImageHead) -> None:
         raise PeerError(f"The pixels have {stored} bytes where the header asks for {decoded}.")
 
 
-def _ask_streams(dataset: Dataset, head: ImageHead) -> None:
+def ask_streams(dataset: Dataset, rows: int, columns: int, frames: int) -> None:
     """Raises PeerError when compressed frames are not as large as the header says: a decoder believes the frame."""
     if "PixelData" not in dataset or not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
         return
-    for index, frame in enumerate(generate_frames(dataset.PixelData, number_of_frames=head.frames)):
+    for index, frame in enumerate(generate_frames(dataset.PixelData, number_of_frames=frames)):
         told = sides(frame)
-        if told and told != (head.rows, head.columns):
+        if told and told != (rows, columns):
             raise PeerError(
                 f"Frame {index + 1} says that it has {told[0]} x {told[1]} pixels, the header says otherwise."
             )

@@ -19,9 +19,13 @@ from edge.forward.peer import Peer
 from edge.forward.rules import Rule
 from edge.forward.schedule import BACKOFF_CAP_S, CUT_AFTER, DEAD_AFTER, Breaker, delay, judge
 from edge.forward.store import contexts_for
+from edge.forward.transcode import to_little_endian
 from scripts.lab.child import Child, free_port, listens
 from scripts.lab.parts import Orthanc, start_orthanc
+from shared.errors import PeerError
+from tests.edge.test_bad_input import jpeg_ls_bomb
 from tests.simulators.forwarding import ForwardingNode, peer_of, radiographs, receive
+from tests.simulators.modality import phantom_study, to_bytes
 from tests.simulators.real_data import DATA, needs_data
 
 ALL = Rule(name="all", action="both", destinations=("one",))
@@ -280,6 +284,16 @@ def test_what_cannot_be_decoded_is_a_dead_letter_that_tells_what_to_allow(
     assert "MPEG-4" in letter.error
     assert letter.cure.startswith("Allow MPEG-4")
     assert len(list(folder.iterdir())) == 1
+
+
+def test_attack_a_frame_that_is_larger_than_its_header_says_is_not_transcoded(tmp_path: Path) -> None:
+    item = phantom_study("chest-xray", 1, seed=1)[0]
+    jpeg_ls_bomb(item)
+    path = tmp_path / "bomb.dcm"
+    path.write_bytes(to_bytes(item))
+    with pytest.raises(PeerError, match="65535 x 65535 pixels, the header says otherwise"):
+        to_little_endian(path, tmp_path / "copy.dcm", implicit=False)
+    assert not (tmp_path / "copy.dcm").exists()
 
 
 def test_a_transcoding_that_ends_the_process_is_begun_three_times_only(tmp_path: Path) -> None:
