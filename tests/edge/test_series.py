@@ -195,7 +195,7 @@ def test_an_image_that_cannot_be_read_has_arrived(node: Node) -> None:
     study[3].PixelData = study[3].PixelData[:1000]
     node.put(study)
     node.run()
-    assert node.record().complete == "expected count 4 of 4"
+    assert node.record().complete == "expected count 4 of 4, 1 image could not be read"
     assert len(node.record().inputs) == 3
 
 
