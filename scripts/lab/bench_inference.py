@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,7 +20,7 @@ import pydicom
 from pydicom.dataset import FileDataset
 from pydicom.pixels.utils import compress
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, generate_uid
-from pynetdicom import AE, _config
+from pynetdicom import AE, Association, _config
 
 from edge.sqlite import reading
 from models.heads import BY_NAME
@@ -78,11 +79,12 @@ class Node:
         ae.add_requested_context(heads[0].SOPClassUID, heads[0].file_meta.TransferSyntaxUID)
         association = ae.associate("127.0.0.1", self.port, ae_title="RADFLEET")
         assert association.is_established
-        began = time.monotonic()
-        for number, file in enumerate(files):
-            if per_second:
-                time.sleep(max(0.0, began + number / per_second - time.monotonic()))
-            assert association.send_c_store(file).Status == 0
+        with _without_reactor(association):
+            began = time.monotonic()
+            for number, file in enumerate(files):
+                if per_second:
+                    time.sleep(max(0.0, began + number / per_second - time.monotonic()))
+                assert association.send_c_store(file).Status == 0
         association.release()
 
     def visible(self, study: str) -> float:
@@ -104,6 +106,18 @@ class Node:
     def count(self, question: str) -> int:
         with reading(self.folder / "state" / "results.sqlite") as db:
             return int(db.execute(f"SELECT COUNT(*) FROM {question}").fetchone()[0]) if db else 0  # noqa: S608
+
+
+@contextmanager
+def _without_reactor(association: Association) -> Iterator[None]:
+    """Keeps pynetdicom's reactor thread at rest: when sends follow each other closely it takes their answers away."""
+    checkpoint: Any = association._reactor_checkpoint
+    checkpoint.clear()
+    wait_until("the reactor", lambda: association._is_paused)
+    checkpoint.set = lambda: None
+    yield
+    del checkpoint.set
+    checkpoint.set()
 
 
 @contextmanager
