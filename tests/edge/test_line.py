@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
 
 from edge.forward.routes import Routes
 from edge.forward.rules import Rule
@@ -19,7 +21,8 @@ from edge.imaging.urgency import says_urgent
 from edge.inference.engine import Outputs
 from edge.line import LENGTH
 from edge.results.store import Store
-from shared.errors import PeerError
+from models.phantom_dicom import to_bytes
+from shared.errors import PeerError, StateError
 from shared.package.manifest import Head
 from tests.edge.test_pipeline import Node
 from tests.simulators.modality import encoded, phantom_study
@@ -240,9 +243,33 @@ def test_ahead_gives_the_readers_own_error_and_reads_what_is_urgent_first() -> N
 
 
 @pytest.mark.parametrize(("value", "urgent"), [("STAT", True), ("high", True), ("ROUTINE", False), ("", False)])
-def test_urgency_is_what_the_image_says(tmp_path: Path, value: str, urgent: bool) -> None:
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian, None])
+def test_urgency_is_what_the_image_says_in_every_encoding(
+    tmp_path: Path, value: str, urgent: bool, syntax: str | None
+) -> None:
     item = phantom_study("chest-xray", 1, seed=1)[0]
-    item.RequestedProcedurePriority = value
+    long = pydicom.dcmread(io.BytesIO(to_bytes(item)))
+    for one, more in ((item, b""), (long, bytes(100_000))):  # with a private value before it, longer than a glance
+        one.RequestedProcedurePriority = value
+        if more:
+            one.private_block(0x0029, "BENCH", create=True).add_new(1, "OB", more)
+        if syntax == ExplicitVRBigEndian:
+            one.PixelData = one.pixel_array.astype(">u2").tobytes()
+        if syntax:
+            one.file_meta.TransferSyntaxUID = UID(syntax)
+        path = tmp_path / f"{len(more)}.dcm"
+        pydicom.dcmwrite(path, one, enforce_file_format=True)
+        with path.open("rb") as file:
+            file.seek(132)
+            pydicom.filereader._read_file_meta_info(file)
+            offset = file.tell()
+        assert says_urgent(path, offset, str(one.file_meta.TransferSyntaxUID)) is urgent
+
+
+def test_an_image_that_says_nothing_of_it_is_not_urgent(tmp_path: Path) -> None:
+    item = phantom_study("chest-xray", 1, seed=1)[0]
     path = tmp_path / "one.dcm"
     path.write_bytes(encoded(item))
-    assert says_urgent(path, 0, str(item.file_meta.TransferSyntaxUID)) is urgent
+    assert not says_urgent(path, 0, str(item.file_meta.TransferSyntaxUID))
+    with pytest.raises(StateError):
+        says_urgent(tmp_path / "gone.dcm", 0, str(item.file_meta.TransferSyntaxUID))
