@@ -18,6 +18,7 @@ from scripts.lab import (
     bench_intake,
     bench_kill,
     bench_learning,
+    bench_reading,
     bench_variants,
 )
 from scripts.lab.table import Row, machine, show, write_json
@@ -29,6 +30,7 @@ BENCHES: dict[str, Callable[[], Sequence[Row]]] = {
     "latency": bench_answer.measure_latency,
     "rate": bench_answer.measure_rate,
     "inference": bench_inference.measure,
+    "reading": bench_reading.measure,
     "variants": bench_variants.measure,
     "learning": bench_learning.measure,
     "evidence": bench_evidence.measure,
