@@ -23,6 +23,7 @@ from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag, Tag
 
 from edge.intake.head import BIG_ENDIAN, DEFLATED, IMPLICIT
+from edge.intake.walk import CutError, OddError, Walk
 from edge.web.dicomweb.plain import plain
 from edge.web.dicomweb.retention import Kept
 from shared.errors import PeerError, StateError
@@ -31,7 +32,7 @@ from shared.errors import PeerError, StateError
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 
 BULK_BYTES = 4096  # a longer value is bulk data
-SEQUENCE_BYTES = 64 * 1024 * 1024  # the longest sequence that is read
+SEQUENCE_BYTES = 16 * 1024 * 1024  # the longest sequence that is read
 INFLATED_BYTES = 256 * 1024 * 1024  # of a deflated data set; a bomb is given up here
 PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)  # float, double float, integer pixel data
 
@@ -83,6 +84,7 @@ class Header:
         self.little = transfer_syntax != BIG_ENDIAN
         last = max(tags) if tags else _ENOUGH - 1
         wanted: list[BaseTag | int] | None = list(tags) if tags else None
+        self._ask_elements(last)
         file.seek(0)
         try:
             self.dataset = read_dataset(
@@ -96,6 +98,20 @@ class Header:
         except Exception as exc:  # pydicom names no family for damaged input
             raise PeerError(f"The object's header cannot be read: {type(exc).__name__}.") from exc
         self.pixels_at = file.tell()
+
+    def _ask_elements(self, last: int) -> None:
+        """Raises PeerError when there are more elements or items than are walked in a second: pydicom builds each."""
+        self.file.seek(0)
+        shifted = self.file if isinstance(self.file, _Shifted) else None
+        data, at = (shifted.view, shifted.start) if shifted else (self.file.read(), 0)
+        try:
+            for tag, *_ in Walk(data, little=self.little).elements(at, implicit=self.implicit):
+                if tag > last:
+                    return
+        except CutError:  # a beginning was given, or the reader says it better
+            return
+        except OddError as exc:
+            raise PeerError(f"The object's header cannot be read: {exc.message}.") from exc
 
     def raw(self, tag: int) -> RawDataElement | DataElement:
         """Returns an element as it was read; the value of a raw one is None where it was longer than BULK_BYTES."""
@@ -259,21 +275,21 @@ class _Shifted:
     """A memory-mapped file seen from `start`: positions are those of the data set."""
 
     def __init__(self, view: mmap.mmap, start: int) -> None:
-        self._view = view
-        self._start = start
+        self.view = view
+        self.start = start
         view.seek(start)
 
     def read(self, length: int = -1) -> bytes:
-        return self._view.read(None if length < 0 else length)
+        return self.view.read(None if length < 0 else length)
 
     def seek(self, position: int, whence: int = 0) -> int:
         if whence == 0:
-            self._view.seek(position + self._start)
+            self.view.seek(position + self.start)
         elif whence == 1:
-            self._view.seek(position, 1)
+            self.view.seek(position, 1)
         else:
-            self._view.seek(position, 2)
+            self.view.seek(position, 2)
         return self.tell()
 
     def tell(self) -> int:
-        return self._view.tell() - self._start
+        return self.view.tell() - self.start

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import signal
+import struct
 import time
 from collections.abc import Iterator
 from io import BytesIO
@@ -316,6 +317,15 @@ class TestRetrieve:
             assert answer.status_code == 406
             assert "65535 x 65535" in answer.json()["error"]
         assert client.get(f"{path}/frames/1", headers={"Accept": "image/jls"}).status_code == 200
+
+    def test_attack_a_header_of_millions_of_items_is_refused_before_it_is_built(self) -> None:
+        item = struct.pack("<HHL", 0xFFFE, 0xE000, 0)
+        begin = struct.pack("<HH2sHL", 0x0008, 0x0096, b"SQ", 0, 0xFFFFFFFF)
+        bomb = begin + item * 1_500_000 + struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
+        began = time.process_time()
+        with pytest.raises(PeerError, match="too many elements"):
+            Header(BytesIO(bomb), EXPLICIT)
+        assert time.process_time() - began < 10
 
     def test_a_decoder_that_died_is_replaced_and_the_page_stays(self, node: DicomWebNode, client: httpx.Client) -> None:
         item = phantom_study("chest-xray", 1, seed=33)[0]
