@@ -442,7 +442,7 @@ class TestKill:
             timeout=60,
         )
         assert process.returncode == -9, process.stderr
-        package = process.stdout.split()[0]
+        package = next(word for word in process.stdout.split() if len(word) == 64)  # beside lines of the log
         clock = HandClock()
         cloud = CloudSide(tmp_path, clock)
         node = NodeSide(tmp_path / "node", cloud, clock)
