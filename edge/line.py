@@ -80,7 +80,8 @@ class Line:
             if ready:
                 self._coming = [one for one in self._coming if one not in ready]
                 return ready
-            wait([one.parts for one in self._coming], return_when=FIRST_COMPLETED)
+            # Never empty: the first of the line follows nobody.
+            wait([one.parts for one in self._coming if not one.parts.done()], return_when=FIRST_COMPLETED)
         return []
 
     def _fill(self, now: float) -> None:
@@ -110,7 +111,9 @@ class Line:
     def _look(self) -> None:
         """Looks for what is urgent among the objects behind the line; when they are few they are read soon enough."""
         behind = self._store.not_looked_at(LENGTH, _LOOK)
-        self._urgent += [(number, one) for number, one in behind if self._is_urgent(one)]
+        # What came twice with other bytes keeps its order: the older one must not become the newest answer, nor stand
+        # in the line, with its reader, behind one that the same reader is to read.
+        self._urgent += [(number, one) for number, one in behind if not one.conflict and self._is_urgent(one)]
 
     def _is_urgent(self, one: Claimed) -> bool:
         if one.study not in self._known:

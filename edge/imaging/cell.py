@@ -103,7 +103,7 @@ class Cell:
         return child, ours
 
     def _once(self, request: bytes) -> Iterator[bytes]:
-        if self._proven and not self._child[0].is_alive():
+        if self._child[1].closed or (self._proven and not self._child[0].is_alive()):
             self._end()
             self._child = self._start()
         pipe = self._child[1]

@@ -281,7 +281,10 @@ def _fastest(able: Sequence[OnnxEngine], size: tuple[int, int], timer: Callable[
 def _batch(engine: OnnxEngine, size: tuple[int, int], timer: Callable[[], float]) -> int:
     """How many images in one run pay here: BATCH where an image among them takes much less time than alone."""
     images = [np.zeros((count, *size), dtype=np.uint8) for count in (1, BATCH)]
-    one, many = _measure([engine, engine], images, timer, runs=_BATCH_RUNS)
+    try:
+        one, many = _measure([engine, engine], images, timer, runs=_BATCH_RUNS)
+    except StateError:  # a graph of one image a run, or no memory for more
+        return 1
     return BATCH if many / BATCH < one * _MUST_GAIN else 1
 
 

@@ -51,6 +51,18 @@ def test_attack_what_kills_a_decoder_is_said_and_the_next_object_is_read(
     assert ask(cell, "fine") == [b"begun", b"done"]
 
 
+def test_a_cell_whose_child_did_not_start_starts_another(tmp_path: Path) -> None:
+    made = Cell(work, LIMITS)
+    try:
+        made._child[0].kill()
+        made._child[0].join()
+        with suppress(StateError):  # what it had said before it died is taken, or not
+            ask(made, "fine")
+        assert ask(made, "fine") == [b"begun", b"done"]
+    finally:
+        made.close()
+
+
 def test_attack_a_decoder_that_never_ends_is_ended_once_and_not_tried_again(cell: Cell, tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(PeerError, match="more than 1 seconds of processor time"):

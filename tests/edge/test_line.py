@@ -157,6 +157,46 @@ def test_other_bytes_of_an_instance_do_not_go_before_the_first(tmp_path: Path) -
     assert one.claimed.stored_at < two.claimed.stored_at
 
 
+def test_an_urgent_copy_with_other_bytes_does_not_go_before_the_first(tmp_path: Path) -> None:
+    node = Ticking(tmp_path)
+    items = radiographs(LENGTH * 2)
+    again = radiographs(LENGTH * 2)[-1]
+    again.RequestedProcedurePriority = "STAT"
+    again.StudyInstanceUID += ".1"  # a study is as urgent as its first image
+    node.put([*items, again])
+    seen, begin = [], node.pipeline._line._ahead.begin
+
+    def noted(path: Path, heads: Sequence[Head], *, urgent: bool) -> Future[Parts]:
+        seen.append((path.name, urgent))
+        return begin(path, heads, urgent=urgent)
+
+    node.pipeline._line._ahead.begin = noted  # type: ignore[method-assign]
+    node.run()
+    stored = [row["file"] for row in node.spool.index.rows("SELECT file FROM objects ORDER BY id")]
+    assert [name for name, _ in seen] == stored
+    assert not any(urgent for _, urgent in seen)
+
+
+def test_waiting_for_the_first_of_an_instance_does_not_spin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = Node(tmp_path)
+    first, other = radiographs(1)[0], radiographs(1)[0]
+    other.PatientComments = "sent again"
+    node.put([first, other])
+    line, waited = node.pipeline._line, []
+    held: list[Future[Parts]] = [Future(), Future()]
+    held[1].set_result(None)  # type: ignore[arg-type]
+    futures = iter(held)
+    line._ahead.begin = lambda *_, **__: next(futures)  # type: ignore[method-assign]
+
+    def wait(futures: Sequence[Future[Parts]], **_: object) -> None:
+        waited.append(list(futures))
+        held[0].set_result(None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("edge.line.wait", wait)
+    assert len(line.take(1.0)) == 1
+    assert waited == [[held[0]]]
+
+
 def test_a_lone_image_is_one_run_and_a_burst_is_taken_together_where_batches_pay(tmp_path: Path) -> None:
     models = Seen(batch=4)
     node = Node(tmp_path, models=models)
