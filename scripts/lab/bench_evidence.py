@@ -6,8 +6,8 @@ area of the body mask. Real pictures where they are, phantoms otherwise; the nam
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +17,10 @@ from models import faithfulness, hybrid
 from models.data import Samples, data_folder, phantoms, pictures
 from models.export import run, session
 from models.heads import HEADS
-from models.package import columns
+from models.package import BASELINE, columns
 from scripts.lab.table import Row
 from shared.package.manifest import Head
 
-BASELINE = Path(hybrid.__file__).with_name("baseline")
 CASES = 40  # a head; each costs some hundred passes
 RANDOM_ORDERS = 3
 
@@ -109,17 +108,18 @@ def _body(
 
 
 def _randomised(what: str, model: hybrid.Hybrid, mine: slice, cases: Samples, chosen: Chosen) -> list[Row]:
+    """The head alone drawn anew, and everything."""
     images = torch.from_numpy(cases.images).float().div(255)[:, None]  # (N,1,S,S)
-    with torch.inference_mode():
-        before = model(images).evidence.numpy()[:, mine]
-        rows = []
-        for name, broken in faithfulness.randomised(model):
-            after = broken.eval()(images).evidence.numpy()[:, mine]
-            alike = [
-                abs(faithfulness.rank_correlation(faithfulness.contrast(a, c), faithfulness.contrast(b, c)))
-                for a, b, c in zip(before, after, chosen, strict=True)
-            ]
-            rows.append(
-                Row(f"{what}: |rank correlation| with weights drawn anew down to {name}", float(np.mean(alike)), "")
-            )
-    return [rows[0], rows[-1]]
+
+    def maps(one: hybrid.Hybrid) -> list[faithfulness.Floats]:
+        with torch.inference_mode():
+            evidence = one.eval()(images).evidence.numpy()[:, mine]  # (N,C,G,G)
+        return [faithfulness.contrast(each, c) for each, c in zip(evidence, chosen, strict=True)]
+
+    def row(name: str, broken: hybrid.Hybrid) -> Row:
+        alike = [abs(faithfulness.rank_correlation(a, b)) for a, b in zip(before, maps(broken), strict=True)]
+        return Row(f"{what}: |rank correlation| with weights drawn anew down to {name}", float(np.mean(alike)), "")
+
+    before, drawn = maps(model), faithfulness.randomised(model)
+    first = row(*next(drawn))
+    return [first, *(row(*last) for last in deque(drawn, maxlen=1))]

@@ -13,7 +13,7 @@ from torch.nn import functional
 from models import faithfulness, hybrid
 from models.data import Samples, phantoms
 from models.heads import SIDE
-from scripts.lab.bench_evidence import BASELINE
+from models.package import BASELINE
 
 GRID = 14
 
